@@ -1,0 +1,204 @@
+"""Evaluation (§2.3) and the report: what the runs under out/ know, and one page that shows them.
+
+    python eval.py facts out/pretrain                       # does the model know the world, or the web's myths?
+    python eval.py facts out/up-* --against out/crawled-*   # the same, paired, with an interval of the difference
+    python eval.py report                                   # out/report.html, one file, no network
+"""
+import base64
+import html
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import toy
+from model import IGNORE, Transformer, generate
+from pretrain import InputError, command_line, interval, load_model, replace_file
+from tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------- likelihoods
+
+
+def encode_pair(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], int]:
+    """Ids of BOS, prompt and continuation as one text, and how many of them are the prompt's.
+
+    Where a piece spans the border, it belongs to the continuation.
+    """
+    alone = tokenizer.encode(prompt, bos=True, eos=False)
+    tokens = tokenizer.encode(prompt + continuation, bos=True, eos=False)
+    shared = next((i for i, (a, b) in enumerate(zip(alone, tokens)) if a != b), min(len(alone), len(tokens)))
+    return tokens, shared
+
+
+@torch.no_grad()
+def continuation_log_probs(model: Transformer, tokenizer: Tokenizer, pairs: list[tuple[str, str]],
+                           batch_size: int = 64) -> np.ndarray:
+    """log p(continuation | prompt) in nats of each (prompt, continuation): (pairs,). Batches are made by length."""
+    encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: len(encoded[i][0]))
+    result = np.zeros(len(pairs))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = max(len(encoded[i][0]) for i in batch)
+        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        targets = torch.full((len(batch), width), IGNORE)
+        for row, i in enumerate(batch):
+            ids, n_prompt = encoded[i]
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            targets[row, n_prompt - 1 : len(ids) - 1] = torch.tensor(ids[n_prompt:])
+        result[batch] = model(tokens, targets=targets).sum(1).double().numpy()
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- knowledge
+
+
+def know(model: Transformer, tokenizer: Tokenizer, world: toy.World) -> list[dict]:
+    """What a base model believes of each fact of the tiny world, asked closed-book in each of its question forms.
+
+    Per question: `p_true`, the probability of the true answer among {true, myth} (None without a myth), and
+    `right`, whether the greedy answer names the true value. The up-sampling of §2.1 must raise both.
+    """
+    questions = toy.questions(world)
+    with_myth = [q for q in questions if q["myth"]]
+    pairs = [(q["prompt"], " " + q[kind]) for q in with_myth for kind in ("true", "myth")]
+    log_probs = continuation_log_probs(model, tokenizer, pairs).reshape(-1, 2)  # (questions, {true, myth})
+    p_true = iter(1 / (1 + np.exp(log_probs[:, 1] - log_probs[:, 0])))
+    prompts = [tokenizer.encode(q["prompt"], bos=True, eos=False) for q in questions]
+    answers = generate(model, prompts, 24, temperature=0, stop=(tokenizer.eos_id,))
+    rows = []
+    for question, answer in zip(questions, answers):
+        said = tokenizer.decode(answer).split(".")[0]
+        value = world.facts[tuple(question["fact"])]
+        right = re.search(rf"\b{re.escape(value)}\b", said) is not None
+        rows.append({"fact": list(question["fact"]), "p_true": next(p_true) if question["myth"] else None,
+                     "right": right, "said": said})
+    return rows
+
+
+def by_fact(rows: list[dict], key: str) -> np.ndarray:
+    """The mean of `key` over the question forms of each fact with a myth: (facts,)."""
+    facts: dict[tuple, list] = {}
+    for row in rows:
+        if row["p_true"] is not None:
+            facts.setdefault(tuple(row["fact"]), []).append(row[key])
+    return np.array([np.mean(values) for values in facts.values()])
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Ask base models closed-book for the facts of the tiny world, true or as the web's myths have them (§2.1)."""
+    runs: tuple[str, ...] = ("out/pretrain",)  # runs of pretrain.py
+    against: tuple[str, ...] = ()  # as many runs of the same worlds to compare with, in the same order
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+    POSITIONAL: ClassVar[str] = "runs"
+
+
+def facts(settings: Facts) -> None:
+    """Print P(true) and greedy accuracy of each run, with intervals over facts; with `against`, the differences."""
+    if settings.against and len(settings.against) != len(settings.runs):
+        raise InputError(f"--against names {len(settings.against)} runs for {len(settings.runs)}; the pairs must match")
+    print(f"{'run':28} {'P(true) of {true, myth}':26} {'greedy, facts with a myth':26} greedy, others")
+    found: dict[str, list[dict]] = {}
+    for run in settings.runs + settings.against:
+        model, tokenizer, config = load_model(run)
+        found[run] = rows = know(model, tokenizer, toy.World(config["settings"]["world"]))
+        others = np.mean([row["right"] for row in rows if row["p_true"] is None])
+        figures = {key: interval(by_fact(rows, key)) for key in ("p_true", "right")}
+        replace_file(Path(run, "facts.json"), json.dumps(figures | {"others": others}).encode())
+        shown = ["{:.3f}  [{:.3f}, {:.3f}]".format(*figures[key]) for key in figures]
+        print(f"{run:28} {shown[0]:26} {shown[1]:26} {others:.3f}", flush=True)
+    if settings.against:
+        for key, name in (("p_true", "P(true)"), ("right", "greedy")):
+            differences = [by_fact(found[a], key) - by_fact(found[b], key) for a, b in zip(settings.runs, settings.against)]
+            each = " ".join(f"{d.mean():+.3f}" for d in differences)
+            mean, low, high = interval(np.concatenate(differences))
+            print(f"{name:8} {mean:+.3f}  [{low:+.3f}, {high:+.3f}]   run by run: {each}")
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark }
+table { border-collapse: collapse; display: block; overflow-x: auto } td, th { padding: .2rem .8rem; text-align: right }
+td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #8886 }
+img { max-width: 100%; background: #fff } pre { white-space: pre-wrap; background: #8882; padding: .6rem }
+.note { color: #888 }"""
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """An HTML table; the first column is text, the others are figures."""
+    lines = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
+             for tag, row in [("th", header)] + [("td", row) for row in rows]]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def pretrain_section(run: Path) -> str:
+    """The part of the report on one pretraining run: Figure 5's curve, perplexities, knowledge, samples."""
+    config = json.loads((run / "config.json").read_text())
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = metrics[-1]
+    settings = config["settings"]
+    parts = [f"<h2>Pretraining, {html.escape(str(run))} (§2)</h2>",
+             f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s ({last['tokens'] / last['seconds']:,.0f} tokens/s); "
+             f"data {html.escape(' '.join(settings['data']))}; preset {settings['preset']}. "
+             f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>"]
+    if (run / "loss.png").exists():
+        image = base64.b64encode((run / "loss.png").read_bytes()).decode()
+        parts.append("<p>The held-out losses should fall with the training loss and end beside it: every document was read "
+                     f"about once.</p><img alt='loss against tokens' src='data:image/png;base64,{image}'>")
+    names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
+    parts.append(table(["held-out source", "perplexity", "95 % interval", "bits per byte"], [
+        [name, f"{math.exp(last['loss/' + name]):.3f}", f"{math.exp(last['low/' + name]):.3f} … {math.exp(last['high/' + name]):.3f}",
+         f"{last['bits_per_byte/' + name]:.3f}"] for name in names]))
+    if (run / "facts.json").exists():
+        found = json.loads((run / "facts.json").read_text())
+        parts.append("<p>Does it believe the encyclopedia, or the web that repeats myths? Up-sampling the encyclopedia (§2.1) is "
+                     "meant to raise both. <code>python eval.py facts</code></p>")
+        parts.append(table(["asked of facts with a myth", "mean", "95 % interval"], [
+            [name, f"{found[key][0]:.3f}", f"{found[key][1]:.3f} … {found[key][2]:.3f}"]
+            for key, name in (("p_true", "P(true) of {true, myth}"), ("right", "greedy answer is true"))]))
+    samples = (run / "samples.txt").read_text().split("--- step ") if (run / "samples.txt").exists() else [""]
+    if samples[-1]:
+        parts.append(f"<p>What it says, first and last:</p><pre>{html.escape(samples[1])}</pre><pre>{html.escape(samples[-1])}</pre>")
+    return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Collect the figures and pictures of every run under a folder into one page that needs no network."""
+    out: str = "out"  # the folder that holds the runs
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+
+
+def report(settings: Report) -> None:
+    """Write OUT/report.html."""
+    runs = sorted(path.parent for path in Path(settings.out).glob("*/metrics.jsonl") if path.stat().st_size)
+    if not runs:
+        raise InputError(f"{settings.out}: there is no finished run to report on; `bash paper.sh` makes them")
+    sections = [pretrain_section(run) for run in runs]
+    page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>Llama 2, small</title><style>{STYLE}</style><h1>Llama 2, from raw text, small</h1>"
+            f"<p class=note>Made {time.strftime('%Y-%m-%d %H:%M')} by <code>python eval.py report</code>.</p>" + "\n".join(sections))
+    replace_file(Path(settings.out, "report.html"), page.encode())
+    print(f"{settings.out}/report.html")
+
+
+COMMANDS = {"facts": (facts, Facts), "report": (report, Report)}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print(f"eval.py: say what to do: {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    command_line(*COMMANDS[sys.argv.pop(1)])

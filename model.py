@@ -1,0 +1,462 @@
+"""The Llama 2 transformer (§2.2, Table 1, A.2.1) and how to sample from it.
+
+Pre-norm blocks of RMSNorm, rotary attention and SwiGLU, without a single bias and with an output matrix of
+its own. One attention module covers multi-head, grouped-query and multi-query attention (Ainslie et al., 2023).
+Parameter names are those of the released weights. This file imports nothing of ours: copy it away.
+
+    model = Transformer(PRESETS["toy"])
+    logits = model(tokens)                                         # (batch, seq, vocab)
+    log_probs = model(tokens, targets=targets)                     # (batch, seq), without all the logits at once
+    answers = generate(model, prompts, max_new_tokens=64, temperature=0.6, top_p=0.9, stop=(eos_id,))
+"""
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORE = -1  # a target that is not learned: prompts, padding, the tail of the last batch
+CHUNK_LOGITS = 2**24  # logits that are alive at once when log-probabilities are asked for (64 MiB in fp32)
+
+
+class ModelError(ValueError):
+    """Bad input to the model, said in one sentence; the command lines print it and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. The published shapes are in `PRESETS` (Table 1 and the released params.json)."""
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int  # n_heads: multi-head; 1: multi-query; between: grouped-query
+    ffn_hidden: int
+    vocab_size: int = 32000
+    max_seq_len: int = 4096
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        if min(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.ffn_hidden, self.vocab_size) < 1:
+            raise ModelError(f"every size of a model must be at least 1: {self}")
+        if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
+            raise ModelError(f"dim {self.dim} must be an even multiple of n_heads {self.n_heads}, "
+                             f"and n_heads a multiple of n_kv_heads {self.n_kv_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+def swiglu_hidden(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
+    """The width of the feed-forward layer: 2/3 of 4·dim, scaled, rounded up (the released code's rule)."""
+    hidden = int(multiplier * int(2 * 4 * dim / 3))
+    return multiple_of * math.ceil(hidden / multiple_of)
+
+
+def _preset(dim, n_layers, n_heads, n_kv_heads, max_seq_len, multiple_of=256, multiplier=1.0, **more):
+    return ModelConfig(dim, n_layers, n_heads, n_kv_heads, swiglu_hidden(dim, multiple_of, multiplier),
+                       max_seq_len=max_seq_len, **more)
+
+
+PRESETS = {
+    "toy-s": _preset(64, 3, 4, 2, 1024, 32),  # toy sizes: our choice; the vocabulary comes from the tokenizer
+    "toy": _preset(128, 4, 4, 2, 1024, 32),  # 1.0M parameters at 1,024 pieces
+    "toy-m": _preset(192, 6, 6, 3, 1024, 32),
+    "toy-l": _preset(384, 8, 6, 3, 1024, 32),  # 15M at 2,048 pieces
+    "7b": _preset(4096, 32, 32, 32, 4096),
+    "13b": _preset(5120, 40, 40, 40, 4096),
+    "34b": _preset(8192, 48, 64, 8, 4096),  # never released; the shape of Code Llama 34B, which grew from it
+    "70b": _preset(8192, 80, 64, 8, 4096, 4096, 1.3),
+    "llama1-7b": _preset(4096, 32, 32, 32, 2048, norm_eps=1e-6),
+    "llama1-13b": _preset(5120, 40, 40, 40, 2048, norm_eps=1e-6),
+    "llama1-33b": _preset(6656, 60, 52, 52, 2048, norm_eps=1e-6),
+    "llama1-65b": _preset(8192, 80, 64, 64, 2048),  # norm_eps 1e-5 in most public copies
+}
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + ε) · weight, the mean over the last dimension in fp32 (§2.2; Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+@lru_cache(maxsize=8)
+def rope_table(head_dim: int, seq_len: int, theta: float, device: torch.device) -> Tensor:
+    """The unit complex numbers exp(i · position · θ^(-2k/head_dim)) as (seq_len, head_dim / 2) (§2.2; RoPE)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    angle = torch.outer(torch.arange(seq_len, device=device).float(), frequency)  # (seq_len, head_dim / 2)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of neighbours (2k, 2k+1) of x by its angle, in fp32 (the released layout, not half-split).
+
+    x: (batch, seq, heads, head_dim). rotation: complex, (batch or 1, seq, 1, head_dim / 2).
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (batch, seq, heads, head_dim / 2)
+    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal attention in which n_heads / n_kv_heads query heads share one key and value head (A.2.1)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.grouped = config.n_kv_heads < config.n_heads
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: "KVCache | None", layer: int) -> Tensor:
+        q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_heads, head_dim)
+        k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_kv_heads, head_dim)
+        v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_kv_heads, head_dim)
+        q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, seq, head_dim)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (batch, n_kv_heads, columns, head_dim)
+        causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        return self.wo(y.transpose(1, 2).flatten(2))  # (batch, seq, dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x) (§2.2; Shazeer, 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
+        self.w2 = nn.Linear(config.ffn_hidden, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One layer: h = x + attention(norm(x)); out = h + feed_forward(norm(h)) (§2.2, pre-normalisation)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.layer = layer
+        self.checkpointing = False  # recompute this block in the backward pass instead of keeping its insides
+
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, rotation, mask, None, use_reentrant=False)
+        return self.compute(x, rotation, mask, cache)
+
+    def compute(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: "KVCache | None") -> Tensor:
+        h = x + self.attention(self.attention_norm(x), rotation, mask, cache, self.layer)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """A Llama 2 language model. Weights are drawn from `seed` (see `initial_weight`)."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if not parameter.is_meta:
+                    parameter.copy_(initial_weight(name, parameter.shape, config.n_layers, seed, parameter.device))
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None,
+                cache: "KVCache | None" = None, temperature: float = 1.0) -> Tensor:
+        """Logits (batch, seq, vocab) in fp32; or, with targets, the log-probability of each target (batch, seq).
+
+        tokens: (batch, seq) ids. targets: (batch, seq) ids, `IGNORE` where nothing is asked (its log-probability
+        is 0). documents: (batch, seq), the number of the packed document that each token belongs to: attention
+        stays inside it and positions start again (§3.1 does not say; our choice). temperature divides the logits
+        before the softmax of the log-probabilities. With a cache: logits (batch, vocab) after each row's last token.
+        """
+        seq = tokens.shape[1]
+        config = self.config
+        positions, mask = torch.arange(seq, device=tokens.device)[None], None  # (1, seq)
+        if cache is not None:
+            positions, mask = cache.positions(seq), cache.mask()
+        elif documents is not None:
+            positions, mask = document_positions(documents), document_mask(documents)
+        if seq > config.max_seq_len:
+            raise ModelError(f"a sequence of {seq} tokens is longer than the model's context of {config.max_seq_len}")
+        rotation = rope_table(config.head_dim, config.max_seq_len, config.rope_theta, tokens.device)
+        rotation = rotation[positions][:, :, None]  # (batch or 1, seq, 1, head_dim / 2)
+        h = self.tok_embeddings(tokens)  # (batch, seq, dim)
+        for block in self.layers:
+            h = block(h, rotation, mask, cache)
+        if cache is not None:
+            h = cache.newest(h)  # (batch, dim)
+        h = self.norm(h)
+        if targets is None:
+            return self.output(h).float()
+        return target_log_probs(h, self.output.weight, targets, temperature)
+
+
+def initial_weight(name: str, shape: torch.Size, n_layers: int, seed: int, device: torch.device) -> Tensor:
+    """A whole parameter before training: norm gains 1, matrices N(0, 0.02²), wo and w2 smaller by √(2 n_layers).
+
+    The paper does not state its initialisation: our choice, GPT-2's. The numbers depend on the seed and the
+    parameter's name alone, so every rank of any world size draws the same ones.
+    """
+    if len(shape) == 1:
+        return torch.ones(shape, device=device)
+    residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.randn(shape, generator=generator, device=device) * (0.02 / math.sqrt(2 * n_layers if residual else 1))
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """How far each token stands behind the first of its document: (batch, seq), 0 at every new document."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(first, index, 0).cummax(dim=1).values
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """True where a query (row) may see a key (column): not later, same document. (batch, 1, seq, seq)."""
+    same = documents[:, :, None] == documents[:, None, :]  # (batch, seq, seq)
+    return same.tril()[:, None]
+
+
+def target_log_probs(h: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(h weightᵀ / temperature) at the targets, in fp32, a chunk of tokens at a time.
+
+    h: (batch, seq, dim). weight: (vocab, dim). targets: (batch, seq), `IGNORE` gives 0. Only `CHUNK_LOGITS` logits
+    are alive at once: the backward pass computes each chunk again.
+    """
+    def loss(h: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(h / temperature, weight).float()  # (chunk, vocab)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")  # (chunk,)
+
+    rows, wanted = h.flatten(0, 1), targets.flatten()  # (batch · seq, dim), (batch · seq,)
+    chunk = max(1, CHUNK_LOGITS // len(weight))
+    if len(rows) <= chunk:
+        losses = loss(rows, wanted)
+    else:
+        pairs = zip(rows.split(chunk), wanted.split(chunk))
+        losses = torch.cat([checkpoint(loss, *pair, use_reentrant=False) for pair in pairs])
+    return -losses.view_as(targets)
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, for a batch of prompts of unequal length.
+
+    Prompts are padded on the right to a common number of columns and every new token takes the next column, for
+    all rows at once. A short prompt so leaves a gap of columns, which the mask hides; positions ignore it.
+    """
+
+    def __init__(self, config: ModelConfig, lengths: Tensor, columns: int, dtype: torch.dtype):
+        """lengths: (batch,) tokens of each prompt. columns: room for the longest prompt and all new tokens."""
+        shape = (config.n_layers, 2, len(lengths), config.n_kv_heads, columns, config.head_dim)
+        self.memory = torch.empty(shape, dtype=dtype, device=lengths.device)
+        self.max_seq_len = config.max_seq_len
+        self.lengths = lengths  # (batch,) tokens read so far
+        self.used = 0  # columns that are filled
+        width = int(lengths.max())
+        self.hidden = None  # (batch, 1, 1, columns): 0, or -inf in the gap behind a short prompt
+        if int(lengths.min()) < width:
+            column = torch.arange(columns, device=lengths.device)
+            gap = (column >= lengths[:, None]) & (column < width)  # (batch, columns)
+            self.hidden = torch.zeros(gap.shape, dtype=dtype, device=gap.device).masked_fill_(gap, -math.inf)[:, None, None]
+
+    def positions(self, seq: int) -> Tensor:
+        """(1, seq) while the prompts are read; (batch, 1) afterwards, held at the last one for rows that are full."""
+        if self.used == 0:
+            return torch.arange(seq, device=self.lengths.device)[None]
+        return self.lengths[:, None].clamp(max=self.max_seq_len - 1)
+
+    def mask(self) -> Tensor | None:
+        """None while the prompts are read, which is plain causal: padding stands behind all that is real."""
+        return None if self.used == 0 or self.hidden is None else self.hidden[..., : self.used + 1]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (batch, n_kv_heads, seq, head_dim) of the new columns; return all columns so far."""
+        keys, values = self.memory[layer]
+        end = self.used + k.shape[2]
+        keys[:, :, self.used : end] = k
+        values[:, :, self.used : end] = v
+        return (k, v) if self.used == 0 else (keys[:, :, :end], values[:, :, :end])
+
+    def newest(self, h: Tensor) -> Tensor:
+        """Of h (batch, seq, dim), what stands over each row's newest token (batch, dim); the columns are now filled."""
+        if self.used == 0:
+            newest = h[torch.arange(len(h), device=h.device), self.lengths - 1]
+        else:
+            newest, self.lengths = h[:, 0], self.lengths + 1
+        self.used += h.shape[1]
+        return newest
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only, in this order; a row may be named several times (N samples of a prompt)."""
+        memory = self.memory.new_empty(*self.memory.shape[:2], len(rows), *self.memory.shape[3:])
+        memory[..., : self.used, :] = self.memory[:, :, rows, :, : self.used]
+        self.memory, self.lengths = memory, self.lengths[rows]
+        self.hidden = None if self.hidden is None else self.hidden[rows]
+
+
+def uniforms(seed: int, rows: Tensor, samples: Tensor, steps: int) -> Tensor:
+    """(rows, steps) numbers in [0, 1), each a hash of (seed, row, sample, step) alone: SplitMix64 of each in turn.
+
+    What is drawn for a row so does not depend on the batch it was drawn in, on the world size, or on a restart.
+    """
+    def mix(x: Tensor) -> Tensor:  # SplitMix64 with int64 arithmetic, which wraps; the masks make shifts logical
+        x = x - 7046029254386353131  # + 0x9E3779B97F4A7C15 modulo 2^64
+        x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
+        x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+        return x ^ (x >> 31 & (1 << 33) - 1)
+
+    key = mix(torch.full_like(rows, seed))
+    key = mix(mix(key ^ rows) ^ samples)  # (rows,)
+    bits = mix(key[:, None] ^ torch.arange(steps, device=rows.device))  # (rows, steps)
+    return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row, and its log-probability at this temperature before top-p: both (batch,).
+
+    logits: (batch, vocab). uniform: (batch,) in [0, 1), turned into a token by the inverse of the cumulative
+    distribution. temperature 0 is greedy. top_p keeps the likeliest tokens until their mass exceeds it (released code).
+    """
+    log_probs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)  # (batch, vocab)
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)  # (batch, 1)
+    else:
+        probs = log_probs.exp()
+        if top_p < 1:
+            ordered, order = probs.sort(dim=-1, descending=True)
+            before = ordered.cumsum(-1) - ordered  # the mass of all likelier tokens
+            probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before > top_p, 0))
+        mass = probs.double().cumsum(-1)
+        tokens = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (batch, 1)
+    return tokens[:, 0], log_probs.gather(-1, tokens)[:, 0]
+
+
+class Sample(NamedTuple):
+    """What `generate` returns for a row when log-probabilities are asked for."""
+    tokens: list[int]
+    log_probs: list[float]
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.6,
+             top_p: float = 0.9, stop: Sequence[int] = (), seed: int = 0, n_samples: int = 1,
+             rows: Sequence[int] | None = None, batch_size: int = 256, log_probs: bool = False,
+             on_token: Callable[[int, int], None] | None = None) -> list[list[int]] | list[Sample]:
+    """Continue prompts of any lengths; return the new tokens of each, the stop token included if one came.
+
+    prompts: lists of token ids, none empty. The released defaults are temperature 0.6 and top_p 0.9; temperature 0
+    is greedy. n_samples continuations of a prompt share its prefill and lie side by side: that of prompt i and
+    sample k is at i · n_samples + k. A row also ends when the context is full. The random number of token t of
+    sample k depends on (seed, rows[i], k, t) only, with rows[i] = i by default. batch_size: continuations that are
+    drawn at once; log_probs: return `Sample`s, with the log-probability of each token at this temperature, before
+    top-p; on_token(index, token) is called as tokens come. Raises ModelError for an empty or too long prompt
+    and for ids outside the vocabulary. The model must hold its full weights (see `gathered` in pretrain.py).
+    """
+    check_prompts(prompts, model.config)
+    rows = range(len(prompts)) if rows is None else rows
+    results: list = [None] * (len(prompts) * n_samples)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
+    group = max(1, batch_size // n_samples)
+    for start in range(0, len(prompts), group):
+        batch = by_length[start : start + group]
+        indices = [i * n_samples + k for i in batch for k in range(n_samples)]
+        drawn = generate_batch(model, [prompts[i] for i in batch], [rows[i] for i in batch], n_samples, max_new_tokens,
+                               temperature, top_p, set(stop), seed,
+                               on_token and (lambda row, token: on_token(indices[row], token)))
+        for index, result in zip(indices, drawn):
+            results[index] = result if log_probs else result.tokens
+    return results
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> None:
+    """Raise ModelError if a prompt is empty, as long as the context, or holds an id outside the vocabulary."""
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ModelError(f"prompt {i} is empty; begin it with the BOS token")
+        if len(prompt) >= config.max_seq_len:
+            raise ModelError(f"prompt {i} has {len(prompt)} tokens, which leaves no room in a context of "
+                             f"{config.max_seq_len}; shorten it")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            bad = next(token for token in prompt if not 0 <= token < config.vocab_size)
+            raise ModelError(f"prompt {i} holds the token id {bad}, outside the vocabulary of {config.vocab_size}; "
+                             "was it made with another tokenizer?")
+
+
+def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples: int, max_new_tokens: int,
+                   temperature: float, top_p: float, stop: set[int], seed: int,
+                   on_token: Callable[[int, int], None] | None) -> list[Sample]:
+    """One batch of `generate`: read the prompts once, then token by token; finished rows leave the batch."""
+    device = model.tok_embeddings.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths.max())
+    steps = min(max_new_tokens, model.config.max_seq_len - int(lengths.min()))
+    room = (model.config.max_seq_len - lengths).repeat_interleave(n_samples).tolist()  # new tokens a row may have
+    padded = torch.tensor([list(prompt) + [0] * (width - len(prompt)) for prompt in prompts], device=device)
+    random = uniforms(seed, torch.tensor(rows, device=device).repeat_interleave(n_samples),
+                      torch.arange(n_samples, device=device).repeat(len(prompts)), steps)  # (samples, steps)
+    results = [Sample([], []) for _ in room]
+    alive = list(range(len(results)))  # results[alive[j]] is what row j of the batch writes
+
+    cache = KVCache(model.config, lengths, width + steps, model.tok_embeddings.weight.dtype)
+    logits = model(padded, cache=cache)  # (prompts, vocab)
+    if n_samples > 1:
+        copies = torch.arange(len(prompts), device=device).repeat_interleave(n_samples)
+        cache.keep(copies)
+        logits = logits[copies]  # (samples, vocab)
+    for step in range(steps):
+        tokens, log_probs = sample(logits, temperature, top_p, random[:, step])  # (alive,), (alive,)
+        still = []  # the rows that go on
+        for j, (token, log_prob) in enumerate(zip(tokens.tolist(), log_probs.tolist())):
+            result = results[alive[j]]
+            if len(result.tokens) == room[alive[j]] or (result.tokens and result.tokens[-1] in stop):
+                continue  # finished, and not yet out of the batch
+            result.tokens.append(token)
+            result.log_probs.append(log_prob)
+            if on_token:
+                on_token(alive[j], token)
+            if token not in stop and len(result.tokens) < room[alive[j]]:
+                still.append(j)
+        if not still or step + 1 == steps:
+            break
+        if len(still) <= 0.75 * len(alive):  # moving the cache costs; do it when a quarter is done
+            kept = torch.tensor(still, device=device)
+            cache.keep(kept)
+            tokens, random, alive = tokens[kept], random[kept], [alive[j] for j in still]
+        logits = model(tokens[:, None], cache=cache)  # (alive, vocab)
+    return results
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """The number of parameters of a model of this shape (Table 1)."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def with_vocab(config: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The same shape for another vocabulary."""
+    return replace(config, vocab_size=vocab_size)

@@ -1,0 +1,1070 @@
+"""Pretraining (§2): raw text in, a base model out, by the same lines on a laptop and on thousands of GPUs.
+
+    python pretrain.py                                             # a 1.0M model of the tiny world, minutes on 2 cores
+    python pretrain.py --data wiki=/data/wiki/*.jsonl:2 web.txt.gz # your text; wiki is read twice (up-sampled, §2.1)
+    torchrun --nproc_per_node=8 pretrain.py --preset 7b --data ... # the same lines on 8 GPUs
+
+Here stands once what every later stage uses too: settings and command line, sharding, the training loop,
+checkpoints that survive a crash, perplexity and intervals. Read it in this order: settings, ranks, data
+(documents → token shards → mixture → batches), optimizer and schedule, checkpoints, the loop, evaluation, main.
+"""
+import argparse
+import ctypes
+import fcntl
+import glob
+import gzip
+import hashlib
+import inspect
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+import toy
+from model import IGNORE, PRESETS, ModelConfig, ModelError, Transformer, generate, initial_weight, with_vocab
+from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+class InputError(ValueError):
+    """Bad input, said in one sentence with its mend; the command lines print it and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class Common:
+    """Flags that mean the same in every stage. The comments are the help; None means: by preset."""
+    preset: str = "toy"  # size of the model, and the paper's hyper-parameters for it
+    out: str = ""  # folder of this run; started again, it goes on where it stopped
+    steps: int | None = None  # stop after so many steps (default: all epochs)
+    lr: float | None = None  # peak learning rate | 3e-4 (7B, 13B), 1.5e-4 (34B, 70B)
+    warmup: int | None = None  # steps of linear warm-up | 2000
+    batch_size: int | None = None  # rows of a step, over all ranks | 1024, which is 4M tokens
+    micro_batch: int | None = None  # rows of one forward pass on one rank
+    seq_len: int | None = None  # tokens of a row | 4096 (Llama 1: 2048)
+    weight_decay: float = 0.1  # decay of the matrices; norm gains are exempt (our choice) | 0.1
+    grad_clip: float = 1.0  # largest norm of the gradient | 1.0
+    eval_every: int | None = None  # steps between evaluations
+    save_every: int | None = None  # steps between checkpoints
+    keep: int = 2  # newest checkpoints to keep
+    seed: int = 0  # seed of the weights, of the order of the data, and of samples
+    device: str = "auto"  # cpu, cuda, or auto
+    dtype: str = "auto"  # fp32, bf16 (master weights stay fp32), or auto: bf16 on a GPU | bf16
+    compile: bool = False  # torch.compile each block
+    checkpointing: bool | None = None  # recompute activations in the backward pass | yes (Llama 1)
+    replicas: int = 1  # copies of the sharded model (HSDP); 1 shards over all ranks
+    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
+    resume: bool = True  # go on where the run in --out stopped
+
+
+@dataclass(frozen=True)
+class Settings(Common):
+    """Pretrain a Llama 2 on raw text, one epoch over a mixture of sources (§2)."""
+    out: str = "out/pretrain"  # folder of this run; started again, it goes on where it stopped
+    data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of .txt, .jsonl (.gz) or token shards; `toy`, `toy/web:0.5`, `docs`
+    init: str = ""  # start from the weights of this run
+    tokenizer: str = ""  # tokenizer.model to use; else one is trained on the data
+    vocab_size: int | None = None  # pieces of a tokenizer that is trained here | 32000
+    world: int = 0  # seed of the tiny world
+    sample_tokens: int | None = None  # length of the samples at each evaluation; 0: none (they need the whole model)
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {
+        name: dict(lr=3e-4 if config.dim <= 5120 else 1.5e-4, warmup=2000, batch_size=4 * 2**20 // config.max_seq_len,
+                   micro_batch=1, seq_len=config.max_seq_len, vocab_size=32000, eval_every=1000, save_every=1000,
+                   checkpointing=True, sample_tokens=0)
+        for name, config in PRESETS.items() if not name.startswith("toy")
+    } | {
+        name: dict(lr=lr, warmup=50, batch_size=8, micro_batch=8, seq_len=256, vocab_size=vocab_size, eval_every=500,
+                   save_every=250, checkpointing=False, sample_tokens=48)  # toy values: our choice
+        for name, lr, vocab_size in [("toy-s", 3e-3, 1024), ("toy", 2e-3, 1024), ("toy-m", 1.5e-3, 1024),
+                                     ("toy-l", 1e-3, 2048)]
+    }
+
+
+FREE = {"steps", "eval_every", "save_every", "keep", "device", "micro_batch", "compile", "checkpointing", "replicas",
+        "threads", "resume", "out"}  # what may differ when a run goes on
+
+
+def field_help(cls: type) -> dict[str, tuple[str, str]]:
+    """Field → (its comment, the paper's value behind the bar or ''), read from the source of the class."""
+    found = {}
+    for base in reversed(cls.__mro__[:-1]):
+        for name, text in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(base), re.M):
+            meaning, _, paper = text.partition(" | ")
+            found[name] = (meaning, paper)
+    return found
+
+
+def parse(cls: type, argv: list[str] | None = None):
+    """The dataclass is the command line: its fields are the flags, their comments the help. Returns a `cls`."""
+    texts = field_help(cls)
+    parser = argparse.ArgumentParser(description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(cls):
+        meaning, paper = texts[field.name]
+        toy_value = cls.BY_PRESET.get("toy", {}).get(field.name)
+        default = f"by preset; toy {toy_value}" if toy_value is not None else field.default
+        shown = f"{meaning} ({'' if default in (None, '') else f'default {default}'}{'; paper ' + paper if paper else ''})"
+        options = {"default": field.default, "help": shown.replace("(; ", "(").replace(" ()", "").replace("%", "%%")}
+        if field.type in (bool, bool | None):
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.type == tuple[str, ...]:
+            options |= {"nargs": "+", "metavar": "SPEC"}
+        else:
+            kinds = [kind for kind in (int, float, str) if field.type in (kind, kind | None)]
+            options |= {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
+        if field.name == "preset":
+            options |= {"choices": list(cls.BY_PRESET), "metavar": "NAME"}
+        positional = field.name == getattr(cls, "POSITIONAL", None)
+        parser.add_argument(field.name if positional else f"--{field.name}", **options | ({"nargs": "*"} if positional else {}))
+    values = vars(parser.parse_args(argv))
+    by_preset = cls.BY_PRESET.get(values.get("preset"), {})
+    values = {k: by_preset.get(k) if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    settings = cls(**values)
+    for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas"):
+        value = getattr(settings, name, None)
+        if value is not None and value <= 0:
+            raise InputError(f"--{name} must be above 0, not {value}")
+    if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
+        raise InputError(f"--dtype {settings.dtype} is unknown; take fp32, bf16 or auto")
+    return settings
+
+
+def print_settings(settings) -> None:
+    """What this run uses beside what the paper used, for the settings that the paper states."""
+    for name, (meaning, paper) in field_help(type(settings)).items():
+        if paper and getattr(settings, name, None) is not None:
+            print(f"  {name:13} {getattr(settings, name)!s:10} paper: {paper}")
+
+
+# ---------------------------------------------------------------------------------------------- ranks and sharding
+
+
+class Ranks(NamedTuple):
+    """Where this process stands: its number, how many there are, its device, and the mesh that shards models."""
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+    threads: int
+
+
+def start(settings) -> Ranks:
+    """Join the other processes; plain `python` is a group of one. A group exists always, so there is one code path."""
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {settings.device} is unknown; take cpu, cuda or auto")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was asked for, but torch finds no GPU here; take --device cpu")
+    kind = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size % settings.replicas:
+        raise InputError(f"--replicas {settings.replicas} does not divide the {world_size} ranks")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = settings.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(threads)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: keep freed memory (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
+        mallopt(-3, 2**25), mallopt(-1, 2**31 - 1)  # instead of faulting every activation in again: 1.1 times as fast on CPU
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    shape, names = ((world_size,), ("shard",))
+    if settings.replicas > 1:
+        shape, names = (settings.replicas, world_size // settings.replicas), ("replica", "shard")
+    return Ranks(rank, world_size, device, init_device_mesh(kind, shape, mesh_dim_names=names), threads)
+
+
+def build(config: ModelConfig, settings, ranks: Ranks) -> Transformer:
+    """A model whose parameters are sharded over the ranks (FSDP2), with the same weights at any world size."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    bf16 = settings.dtype == "bf16" or settings.dtype == "auto" and ranks.device.type == "cuda"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for block in model.layers:
+        block.checkpointing = bool(settings.checkpointing)
+        if settings.compile:
+            block.compile()
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+    model.to_empty(device=ranks.device)
+    set_weights(model, lambda name, shape: initial_weight(name, shape, config.n_layers, settings.seed, ranks.device))
+    return model
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weight_of: Callable[[str, torch.Size], Tensor]) -> None:
+    """Fill a sharded model with `weight_of(name, shape)`, whole tensors that every rank computes for itself."""
+    for name, p in model.named_parameters():
+        whole = weight_of(name, p.shape).to(p.dtype)
+        p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local())
+
+
+@contextmanager
+def gathered(model: Transformer, dtype: torch.dtype | None = None) -> Iterator[Transformer]:
+    """A plain model with the full weights of a sharded one, for sampling (§3.2.3: "about 20 times" faster).
+
+    All ranks enter together; inside, each may sample as much as it likes. The full weights go when the block ends.
+    """
+    with torch.device("meta"):
+        whole = Transformer(model.config)
+    with torch.no_grad():
+        weights = {name: p.full_tensor().to(dtype or p.dtype) for name, p in model.named_parameters()}
+    whole.load_state_dict(weights, assign=True)
+    yield whole.eval()
+
+
+# ---------------------------------------------------------------------------------------------- documents
+
+
+class Source(NamedTuple):
+    """One source of text: its name, its documents, how often it is read, and what identifies its content."""
+    name: str
+    documents: Callable[[], Iterable[str]]
+    epochs: float
+    fingerprint: str
+    shards: list[str]  # token shards of an earlier run, instead of documents
+
+
+# Up-sampling of the most factual source at equal tokens (§2.1); as crawled, every source is read once.
+TOY_MIX = ("toy/encyclopedia:3", "toy/web:0.4545", "toy/stories", "toy/numbers")
+
+
+def sources(specs: Iterable[str], world_seed: int) -> list[Source]:
+    """[NAME=]GLOB[:EPOCHS] → sources. `toy` stands for TOY_MIX, `toy/NAME` for one of its sources, `docs` for docstrings."""
+    found = []
+    for spec in [part for spec in specs for part in (TOY_MIX if spec == "toy" else (spec,))]:
+        pattern, colon, epochs = spec.rpartition(":")
+        if not colon or not re.fullmatch(r"\d+\.?\d*|\.\d+", epochs):
+            pattern, epochs = spec, "1"
+        name, equals, rest = pattern.partition("=")
+        name, pattern = (name, rest) if equals else (re.sub(r"\W+", "-", Path(pattern).name.split(".")[0]) or "data", pattern)
+        if not re.fullmatch(r"[\w-]+", name):
+            raise InputError(f"--data {spec}: the name {name!r} may hold letters, digits, - and _ only")
+        if pattern.startswith("toy/"):
+            if pattern[4:] not in toy.SOURCES:
+                raise InputError(f"--data {spec}: the tiny world has {', '.join(toy.SOURCES)}")
+            documents = lambda kind=pattern[4:]: toy.documents(tiny_world(world_seed), kind)  # noqa: E731
+            fingerprint, shards = f"{pattern} of world {world_seed}", []
+        elif pattern == "docs":
+            documents, fingerprint, shards = toy.python_docs, f"docs of {sys.version} {sys.prefix}", []
+        else:
+            files = ["-"] if pattern == "-" else sorted(glob.glob(pattern))
+            if not files:
+                raise InputError(f"--data {spec}: no file matches {pattern}")
+            shards = [file for file in files if file.endswith((".u16", ".u32"))]
+            if shards and len(shards) < len(files):
+                raise InputError(f"--data {spec}: token shards and text can't be mixed in one source; name them apart")
+            documents = lambda files=tuple(files): (text for file in files for text in read_documents(file))  # noqa: E731
+            fingerprint = " ".join(file_fingerprint(file) for file in files)
+        if any(source.name == name for source in found):
+            raise InputError(f"--data {spec}: a source named {name} is there already; write NAME={pattern}")
+        found.append(Source(name, documents, float(epochs), fingerprint, shards))
+    if not sum(source.epochs for source in found) > 0:
+        raise InputError("--data: every source has 0 epochs, so there is nothing to learn")
+    return found
+
+
+@cache
+def tiny_world(seed: int):
+    """The world of this seed, made once."""
+    return toy.World(seed)
+
+
+def file_fingerprint(file: str) -> str:
+    """A hash of a file's size and of its first and last megabyte: enough to notice another file."""
+    if file == "-":
+        return "standard input"
+    size = os.path.getsize(file)
+    with open(file, "rb") as f:
+        head = f.read(2**20)
+        f.seek(max(0, size - 2**20))
+        return hashlib.sha256(b"%d" % size + head + f.read()).hexdigest()[:16]
+
+
+def read_lines(file: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line of a text file, plain or .gz, `-` for standard input; InputError names a bad line."""
+    number = 0
+    try:
+        with (sys.stdin.buffer if file == "-" else gzip.open(file) if file.endswith(".gz") else open(file, "rb")) as f:
+            for number, line in enumerate(f, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x}); "
+                         "convert the file with iconv or drop the line") from None
+    except (OSError, EOFError) as error:
+        raise InputError(f"{file}, after line {number}: can't be read ({error})") from None
+
+
+def read_documents(file: str) -> Iterator[str]:
+    """The documents of a file: each "text" of a .jsonl, or the pages of a .txt (cut at blank lines, our choice)."""
+    if file.removesuffix(".gz").endswith(".jsonl"):
+        for number, line in read_lines(file):
+            if line.strip():
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise InputError(f'{file}, line {number}: each line must be a JSON object with a "text" string')
+                yield text
+    else:
+        page, length = [], 0
+        for _, line in read_lines(file):
+            page.append(line)
+            length += len(line)
+            if not line.strip() and length > 2000:  # characters; a page so ends with the paragraph it is in
+                yield "".join(page)
+                page, length = [], 0
+        yield "".join(page)
+
+
+# ---------------------------------------------------------------------------------------------- token shards
+
+PART_TOKENS = 2**27  # tokens of one shard file
+HELD_OUT = (100, 200)  # every 100th document is held out for perplexity, 200 of a source at most: our choice
+
+
+def prepare(settings: Settings, ranks: Ranks) -> tuple[Path, dict]:
+    """Tokenise every source into shards, once: rank 0 works, the others wait. Returns their folder and its index.
+
+    The folder's name is a hash of data and tokenizer; it is complete when index.json is there. Stopped on the
+    way, finished shards are kept. A shard is NAME-00000.u16 (or .u32): the ids of its documents, each with BOS
+    and EOS, and NAME-00000.ends: where each document ends, as uint64.
+    """
+    found = sources(settings.data, settings.world)
+    if settings.tokenizer and not os.path.isfile(settings.tokenizer):
+        raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
+    tokenizer = file_fingerprint(settings.tokenizer) if settings.tokenizer else settings.vocab_size
+    key = hashlib.sha256(json.dumps([[s.name, s.fingerprint] for s in found] + [tokenizer]).encode()).hexdigest()[:12]
+    folder = Path(settings.out, "data", key)
+    while ranks.rank > 0 and not (folder / "index.json").exists():
+        time.sleep(0.1)  # no collective call here: tokenising may take longer than its time-out
+    if not (folder / "index.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "tokenizer.model").exists():
+            if settings.tokenizer:
+                Tokenizer(settings.tokenizer)  # says so if it is not one
+                replace_file(folder / "tokenizer.model", Path(settings.tokenizer).read_bytes())
+            else:
+                train_tokenizer(found, folder / "tokenizer.model", settings)
+        index = {s.name: tokenize(s, folder, workers=ranks.threads) for s in found}
+        replace_file(folder / "index.json", json.dumps(index, indent=1).encode())
+    return folder, json.loads((folder / "index.json").read_text())
+
+
+def train_tokenizer(found: list[Source], path: Path, settings: Settings) -> None:
+    """Train the tokenizer on the beginning of every source: 20 MB each for toy sizes, 1 GB otherwise (our choice)."""
+    if any(source.shards for source in found):
+        raise InputError("token shards need the tokenizer that made them: add --tokenizer FILE")
+    is_toy = settings.preset.startswith("toy")
+
+    def texts() -> Iterator[str]:
+        for source in found:
+            budget = 2e7 if is_toy else 1e9
+            for text in source.documents():
+                yield text
+                budget -= len(text)
+                if budget < 0:
+                    break
+
+    print("training the tokenizer", flush=True)
+    Tokenizer.train(texts(), str(path), settings.vocab_size, user_defined_symbols=TOY_SYMBOLS if is_toy else ())
+
+
+def tokenize(source: Source, folder: Path, workers: int) -> dict:
+    """Write the shards of one source, in parallel; return what the index says of it."""
+    if source.shards:
+        return {"parts": [str(Path(shard).resolve()) for shard in source.shards], "held_out": None, "held_out_bytes": 0}
+    vocab_size = Tokenizer(str(folder / "tokenizer.model")).vocab_size
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    suffix = f".u{8 * dtype.itemsize}"
+    parts = sorted(map(str, folder.glob(f"{source.name}-?????{suffix}")))
+    done = sum(len(shard_ends(part)) for part in parts)  # documents in shards that an earlier, stopped run finished
+    tokens, held_out, held_out_bytes = [], [], 0
+
+    def write(documents: list[np.ndarray], stem: str) -> str:
+        replace_file(folder / f"{stem}.ends", np.cumsum([len(d) for d in documents], dtype=np.uint64).tobytes())
+        replace_file(folder / f"{stem}{suffix}", np.concatenate(documents).tobytes())
+        return str(folder / f"{stem}{suffix}")
+
+    documents = iter(source.documents())
+    chunks = iter(lambda: list(islice(documents, 512)), [])
+    windows = iter(lambda: list(islice(chunks, 4 * workers)), [])  # so much text is in memory at once, not more
+    taken = size = 0  # documents for training so far; tokens of the shard that is being filled
+    with multiprocessing.get_context("fork").Pool(workers, load_tokenizer, (folder / "tokenizer.model", dtype)) as pool:
+        encoded = (document for window in windows for chunk in pool.imap(encode_documents, window) for document in chunk)
+        for seen, (ids, n_bytes) in enumerate(tqdm(encoded, desc=f"tokenising {source.name}", unit=" documents"), 1):
+            if seen % HELD_OUT[0] == 0 and len(held_out) < HELD_OUT[1]:
+                held_out.append(ids)
+                held_out_bytes += n_bytes
+                continue
+            taken += 1
+            if taken > done:
+                tokens.append(ids)
+                size += len(ids)
+                if size >= PART_TOKENS:
+                    parts.append(write(tokens, f"{source.name}-{len(parts):05d}"))
+                    tokens, size = [], 0
+    if tokens:
+        parts.append(write(tokens, f"{source.name}-{len(parts):05d}"))
+    if not parts:
+        raise InputError(f"the source {source.name} is empty: it holds not one document")
+    held = write(held_out, f"{source.name}-heldout") if held_out else None
+    return {"parts": parts, "held_out": held, "held_out_bytes": held_out_bytes}
+
+
+def load_tokenizer(path: Path, dtype: np.dtype) -> None:
+    """In a worker process: hold the tokenizer for `encode_documents`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    encode_documents.tokenizer, encode_documents.dtype = Tokenizer(str(path)), dtype
+
+
+def encode_documents(texts: list[str]) -> list[tuple[np.ndarray, int]]:
+    """In a worker process: of each text that is not empty, its ids between BOS and EOS (our choice), and its bytes."""
+    texts = [text for text in texts if text]
+    encoded = encode_documents.tokenizer.encode_batch(texts, bos=True, eos=True)
+    return [(np.array(ids, encode_documents.dtype), len(text.encode())) for text, ids in zip(texts, encoded)]
+
+
+def shard_ends(part: str) -> np.ndarray:
+    """Where each document of a shard ends, in tokens: a memory map of uint64."""
+    path = Path(part).with_suffix(".ends")
+    if not path.exists():
+        raise InputError(f"{part}: the file {path.name} beside it is missing, so its documents can't be told apart")
+    return np.memmap(path, np.uint64, "r")
+
+
+# ---------------------------------------------------------------------------------------------- mixture and batches
+
+
+def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """A permutation of 0 … n-1 without a table: a Feistel network, walked until it lands below n. (k,) → (k,)."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = np.random.default_rng([seed, n]).integers(1 << 63, size=4, dtype=np.uint64)
+    walking, result = np.arange(len(index)), index.astype(np.uint64)
+    while len(walking):
+        left, right = result[walking] >> np.uint64(half), result[walking] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
+        result[walking] = left << np.uint64(half) | right
+        walking = walking[result[walking] >= n]
+    return result.astype(np.int64)
+
+
+class Mixture:
+    """One epoch over sources with weights (§2.1), as rows of tokens; row r is a pure function of r, the files and the seed.
+
+    A source with weight w gives each document ⌊w⌋ times, and a share w - ⌊w⌋ of them once more. All documents are
+    shuffled together and laid end to end, behind one EOS, so that every token is a target exactly as often as its
+    document is read. Row r is tokens r·T … r·T + T of that stream: rows overlap by one token. Memory stays
+    constant: tokens are memory-mapped, and of the order only the cumulative lengths are stored, in a file.
+    """
+
+    def __init__(self, parts: list[tuple[str, float]], seq_len: int, seed: int, eos_id: int, vocab_size: int, folder: Path):
+        """parts: (shard file, weight). folder: where the cumulative lengths go."""
+        self.seq_len, self.seed, self.eos_id, self.vocab_size = seq_len, seed, eos_id, vocab_size
+        self.files = [file for file, _ in parts]
+        self.tokens = [np.memmap(file, np.uint16 if file.endswith(".u16") else np.uint32, "r") for file in self.files]
+        self.doc_ends = [shard_ends(file) for file in self.files]
+        for file, tokens, ends in zip(self.files, self.tokens, self.doc_ends):
+            if not len(ends) or int(ends[-1]) != len(tokens):
+                raise InputError(f"{file}: holds {len(tokens)} tokens, but its .ends file counts "
+                                 f"{int(ends[-1]) if len(ends) else 0}; make the shard again")
+        n_docs = [len(ends) for ends in self.doc_ends]
+        self.reads = [round(weight * n) for (_, weight), n in zip(parts, n_docs)]  # documents read from each part
+        self.starts = np.cumsum([0] + self.reads)
+        key = hashlib.sha256(json.dumps([parts, seed, n_docs]).encode()).hexdigest()[:12]
+        path = folder / f"order-{key}.ends"
+        if not path.exists():
+            self.write_order(path)
+        self.ends = np.memmap(path, np.int64, "r")  # (documents,): where each document of the stream ends
+        self.n_tokens = int(self.ends[-1])
+        self.n_rows = math.ceil(self.n_tokens / seq_len)
+
+    def locate(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents at these places of the shuffled order: (which part, which document of it)."""
+        slot = permute(place, int(self.starts[-1]), self.seed)
+        part = np.searchsorted(self.starts, slot, side="right") - 1
+        index = slot - self.starts[part]
+        for p in np.unique(part):
+            n, mine = len(self.doc_ends[p]), part == p
+            whole = self.reads[p] // n * n  # reads that belong to whole epochs; the rest is a random subset
+            extra = permute(index[mine] % n, n, self.seed + 1)
+            index[mine] = np.where(index[mine] < whole, index[mine] % n, extra)
+        return part, index
+
+    def write_order(self, path: Path) -> None:
+        """Cumulative lengths of the shuffled documents, a million at a time, written aside and renamed."""
+        total, partial = 0, path.with_suffix(f".{os.getpid()}.part")
+        with open(partial, "wb") as f:
+            for start in range(0, int(self.starts[-1]), 2**20):
+                part, index = self.locate(np.arange(start, min(start + 2**20, int(self.starts[-1]))))
+                lengths = np.empty(len(part), np.int64)
+                for p in np.unique(part):
+                    mine = index[part == p]
+                    ends = self.doc_ends[p]
+                    lengths[part == p] = ends[mine].astype(np.int64) - np.where(mine > 0, ends[mine - 1], 0).astype(np.int64)
+                ends = total + np.cumsum(lengths)
+                total = int(ends[-1])
+                f.write(ends.tobytes())
+        os.replace(partial, path)
+
+    def row(self, r: int) -> np.ndarray:
+        """Tokens r·T … r·T + T of the stream: (seq_len + 1,), filled up with IGNORE behind its end."""
+        row = np.full(self.seq_len + 1, IGNORE, np.int64)
+        begin, end = r * self.seq_len - 1, min(r * self.seq_len + self.seq_len, self.n_tokens)  # the EOS stands at -1
+        at = begin
+        if at < 0:
+            row[0], at = self.eos_id, 0
+        first = int(np.searchsorted(self.ends, at, side="right"))
+        last = int(np.searchsorted(self.ends, end, side="left")) if end > at else first - 1
+        parts, indices = self.locate(np.arange(first, last + 1))
+        for place, p, d in zip(range(first, last + 1), parts, indices):
+            doc_begin = int(self.doc_ends[p][d - 1]) if d else 0
+            offset = doc_begin + at - (int(self.ends[place - 1]) if place else 0)
+            piece = self.tokens[p][offset : offset + min(end, int(self.ends[place])) - at]
+            if piece.max(initial=0) >= self.vocab_size:
+                raise InputError(f"{self.files[p]}: holds the token id {piece.max()}, outside the vocabulary of "
+                                 f"{self.vocab_size}; was it made with another tokenizer?")
+            row[at - begin : at - begin + len(piece)] = piece
+            at += len(piece)
+        return row
+
+    def batch(self, rows: range, total: int) -> tuple[Tensor, Tensor]:
+        """(inputs, targets), each (total, seq_len); rows past the end, or fewer than total, are all IGNORE targets."""
+        found = [self.row(r) for r in rows if r < self.n_rows]
+        found += [np.full(self.seq_len + 1, IGNORE, np.int64)] * (total - len(found))
+        tokens = torch.from_numpy(np.stack(found))
+        return tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
+
+    def batch_at(self, step: int, batch_size: int, micro_batch: int, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
+        """This rank's micro-batches of a step: rank k takes every world_size-th row, all ranks equally many batches."""
+        mine = range(step * batch_size + ranks.rank, (step + 1) * batch_size, ranks.world_size)
+        share = math.ceil(batch_size / ranks.world_size)
+        return [self.batch(mine[i : i + micro_batch], min(micro_batch, share - i)) for i in range(0, share, micro_batch)]
+
+
+# ---------------------------------------------------------------------------------------------- optimizer
+
+
+def cosine_schedule(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
+    """The factor on the peak learning rate: linear warm-up, then a cosine down to `floor` at the last step (§2.2)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with β 0.9 and 0.95, ε 1e-5 (§2.2); norm gains are not decayed (our choice)."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    for p in model.parameters():  # the state exists from the start, so that a checkpoint has a place to go
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, loss_fn: Callable, lr: float,
+                   grad_clip: float, ranks: Ranks, interrupted: bool = False) -> dict[str, float]:
+    """One step of every stage: the gradient of (sum of losses / number of targets) over micro-batches and all ranks.
+
+    loss_fn(model, batch) → (loss_sum, count, logs), tensors; logs are sums over the same count. A step whose loss
+    or gradient is not finite changes nothing. Returns the means, and count, grad_norm, finite, interrupted.
+    """
+    names, sums = ["loss", "count"], 0
+    for batch in batches:
+        loss_sum, count, logs = loss_fn(model, [x.to(ranks.device, non_blocking=True) for x in batch])
+        loss_sum.backward()  # a sum: it is divided below, once the global count is known
+        names = ["loss", "count", *logs]
+        sums = sums + torch.stack([loss_sum.detach().double(), count.double(), *(v.double() for v in logs.values())])
+    sums = torch.cat([sums, torch.tensor([float(interrupted)], dtype=torch.double, device=ranks.device)])
+    dist.all_reduce(sums)
+    scale = ranks.world_size / sums[1].clamp(min=1)  # FSDP has averaged the gradient over the ranks
+    grads = [p.grad for p in model.parameters()]
+    norm = nn.utils.get_total_norm(grads)
+    norm = scale * (norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    *sums, interrupted, norm_value = torch.cat([sums, norm.double().view(1)]).tolist()
+    finite = math.isfinite(sums[0]) and math.isfinite(norm_value)
+    if finite:
+        factor = (scale * (grad_clip / (norm + 1e-6)).clamp(max=1.0)).to(grads[0].dtype)
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in grads], factor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    means = {name: value / max(1.0, sums[1]) for name, value in zip(names, sums)}
+    return means | {"count": sums[1], "grad_norm": norm_value, "finite": finite, "interrupted": interrupted > 0}
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: aside, to the disk, renamed."""
+    partial = path.with_name(path.name + ".part")
+    with open(partial, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def checkpoint_state(modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name: `NAME/weights/PARAMETER` and `NAME/optimizer/PARAMETER/STATE`.
+
+    An optimizer belongs to the module of the same name.
+    """
+    state = {}
+    for name, module in modules.items():
+        for parameter_name, p in module.named_parameters():
+            state[f"{name}/weights/{parameter_name}"] = p.detach()
+            if name in optimizers:
+                for key, value in optimizers[name].state[p].items():
+                    state[f"{name}/optimizer/{parameter_name}/{key}"] = value
+    return state
+
+
+@cache
+def cpu_group() -> dist.ProcessGroup | None:
+    """Checkpoints are agreed on over gloo, on a group of their own."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer],
+                    progress: dict, keep: int = 2) -> None:
+    """Save modules, optimizers and a JSON-able `progress` as out/step-NNNNNN: written aside, then renamed.
+
+    Every rank calls it and writes its own shards; the folder loads at any world size. The newest `keep` stay.
+    """
+    final = Path(out, f"step-{step:06d}")
+    aside = Path(f"{final}.part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier(cpu_group())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a group of one process saves alone
+        dcp.save(checkpoint_state(modules, optimizers), checkpoint_id=aside, process_group=cpu_group())
+    if dist.get_rank() == 0:
+        replace_file(aside / "progress.json", json.dumps({"step": step} | progress).encode())
+        if final.exists():  # a run that ended was asked to save its last step again
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        for old in checkpoints(out)[:-keep]:
+            os.replace(old, f"{old}.part")  # so that a half-removed folder is never taken for a checkpoint
+            shutil.rmtree(f"{old}.part")
+    dist.barrier(cpu_group())
+
+
+def checkpoints(out: str | Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted((p for p in Path(out).glob("step-*") if re.fullmatch(r"step-\d+", p.name)), key=lambda p: int(p.name[5:]))
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads torch's checkpoints without letting their pickled index name anything but a few harmless classes."""
+
+    def read_metadata(self, *args, **kwargs):
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module, name):
+                if (module, name.split(".")[0]) not in HARMLESS:
+                    raise InputError(f"{path}: asks for {module}.{name}, which no checkpoint of ours needs; it is not loaded")
+                return super().find_class(module, name)
+
+        path = Path(self.path, ".metadata")
+        original, pickle.load = pickle.load, lambda file: Unpickler(file).load()
+        try:
+            return super().read_metadata(*args, **kwargs)
+        finally:
+            pickle.load = original
+
+
+HARMLESS = {("torch.distributed.checkpoint.metadata", name) for name in (
+    "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+    "_MEM_FORMAT_ENCODING")} | {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
+    ("torch", "float32"), ("torch", "bfloat16"), ("torch", "int64"), ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"), ("collections", "OrderedDict")}
+
+
+def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
+    """Fill modules and optimizers from a folder step-NNNNNN, saved at any world size; return its progress.
+
+    Raises InputError if it is damaged or of another shape, before anything is changed.
+    """
+    state = checkpoint_state(modules, optimizers)
+    try:
+        reader = SafeReader(folder)
+        saved = reader.read_metadata().state_dict_metadata
+        for name, tensor in state.items():
+            if name not in saved:
+                raise InputError(f"{folder}: has no {name}; is it a checkpoint of another stage or size?")
+            if saved[name].size != tensor.shape:
+                raise InputError(f"{folder}: {name} has shape {tuple(saved[name].size)}, not {tuple(tensor.shape)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, storage_reader=SafeReader(folder), process_group=cpu_group(), no_dist=not dist.is_initialized())
+        progress = json.loads(Path(folder, "progress.json").read_text())
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: this checkpoint is damaged ({type(error).__name__}); remove the folder to go on "
+                         "from the one before") from error
+    return progress
+
+
+def load_model(out: str | Path) -> tuple[Transformer, Tokenizer, dict]:
+    """The newest model of a run as a plain module on the CPU, its tokenizer, and its config.json."""
+    found = checkpoints(out)
+    if not found or not Path(out, "config.json").exists():
+        raise InputError(f"{out}: there is no checkpoint; make one with `python pretrain.py --out {out}`")
+    config = json.loads(Path(out, "config.json").read_text())
+    model = Transformer(ModelConfig(**config["model"]))
+    load_checkpoint(found[-1], {"model": model}, {})
+    return model.eval(), Tokenizer(str(Path(out, "tokenizer.model"))), config
+
+
+def fingerprint(out: str | Path) -> str:
+    """What identifies the newest weights of a run: a hash of its config and of that checkpoint's progress."""
+    found = checkpoints(out)
+    if not found:
+        raise InputError(f"--init {out}: there is no checkpoint in it")
+    content = Path(out, "config.json").read_bytes() + Path(found[-1], "progress.json").read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def open_run(settings, config: ModelConfig, stage: str, ranks: Ranks, **more) -> None:
+    """Claim --out for this run: refuse another run's folder, drop what was left unfinished, write config.json."""
+    out = Path(settings.out)
+    record = {"stage": stage, "model": asdict(config), "settings": asdict(settings), "threads": ranks.threads,
+              "world_size": ranks.world_size, "torch": torch.__version__, **more}
+    record = json.loads(json.dumps(record))
+    if ranks.rank == 0:
+        old = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() and settings.resume else None
+        if old:
+            changed = [name for name in record["settings"] if name not in FREE
+                       and old["settings"].get(name) != record["settings"][name]]
+            if old["stage"] != stage or changed:
+                field = f"--{changed[0]} {old['settings'].get(changed[0])}" if changed else f"the stage {old['stage']}"
+                raise InputError(f"{out} holds a run with {field}; take another --out, or --no-resume to begin again")
+            for name in ("threads", "torch", "parent_fingerprint"):
+                if old.get(name) != record.get(name):
+                    print(f"note: this run began with {name} {old.get(name)}, now {record.get(name)}; "
+                          "it goes on, but not bit for bit", file=sys.stderr)
+        else:
+            for folder in checkpoints(out):
+                shutil.rmtree(folder)
+            for name in ("metrics.jsonl", "samples.txt"):
+                (out / name).unlink(missing_ok=True)
+        for unfinished in out.glob("step-*.part"):
+            shutil.rmtree(unfinished)
+        replace_file(out / "config.json", json.dumps(record, indent=1).encode())
+    dist.barrier(cpu_group())
+
+
+@contextmanager
+def locked(out: str, ranks: Ranks) -> Iterator[None]:
+    """Hold --out, so that a second run in the same folder refuses instead of mixing its files with ours."""
+    if ranks.rank > 0:
+        yield
+        return
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(Path(out, ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{out}: another process is writing to it; wait for it, or take another --out") from None
+        yield
+
+
+def rewind(path: Path, step: int) -> None:
+    """Cut what a log holds behind `step`: a run that goes on writes it again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        found = re.match(r'\{"step": (\d+)|--- step (\d+)', line)
+        if found and int(found[1] or found[2]) > step or not line.endswith("\n"):
+            break
+        kept.append(line)
+    replace_file(path, "".join(kept).encode())
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "B200": 2250e12}
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs of one token: 6 for each matrix weight, 12 · layers · dim · seq for attention."""
+    attention = 2 * config.dim * (config.dim + config.n_kv_heads * config.head_dim)
+    matrices = config.n_layers * (attention + 3 * config.dim * config.ffn_hidden) + config.dim * config.vocab_size
+    return 6 * matrices + 12 * config.n_layers * config.dim * seq_len
+
+
+def mfu(config: ModelConfig, seq_len: int, tokens_per_s: float, ranks: Ranks) -> float | None:
+    """Model FLOPs utilisation: the share of the GPUs' dense bf16 peak; None on hardware that is not in the table."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+    peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
+    return peak and tokens_per_s * flops_per_token(config, seq_len) / (peak * ranks.world_size)
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying of them; a second one kills as usual."""
+    caught: list[int] = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable[[int], list], loss_fn: Callable,
+          settings, ranks: Ranks, steps: int, evaluate: Callable[[int], dict] | None = None) -> None:
+    """The training loop of every stage: from the newest checkpoint in --out to `steps`.
+
+    batch_at(step) → this rank's micro-batches, a pure function, so that nothing else need be remembered. loss_fn:
+    see `optimizer_step`. evaluate(step) → figures to log; every rank calls it. Saves and stops on SIGTERM and
+    Ctrl-C; stops with the last good checkpoint after ten steps in a row that were not finite.
+    """
+    out = Path(settings.out)
+    saved = checkpoints(out)
+    progress = load_checkpoint(saved[-1], {"model": model}, {"model": optimizer}) if saved else {}
+    first, tokens, seconds, skipped = (progress.get(key, 0) for key in ("step", "tokens", "seconds", "skipped"))
+    if ranks.rank == 0:
+        rewind(out / "metrics.jsonl", first)
+        rewind(out / "samples.txt", first)
+        if saved:
+            print(f"going on at step {first} of {steps} from {saved[-1]}", flush=True)
+    bad = 0  # steps in a row that were not finite
+    log = open(out / "metrics.jsonl", "a", buffering=1) if ranks.rank == 0 else None
+    bar = tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True)
+    with signals() as caught, ThreadPoolExecutor(1) as ahead:
+        upcoming = ahead.submit(batch_at, first)
+        clock = time.perf_counter()
+        for step in range(first + 1, steps + 1):
+            batches = upcoming.result()
+            upcoming = ahead.submit(batch_at, step)  # read while the device computes
+            lr = settings.lr * cosine_schedule(step - 1, steps, settings.warmup)
+            figures = optimizer_step(model, optimizer, batches, loss_fn, lr, settings.grad_clip, ranks, bool(caught))
+            bad = 0 if figures.pop("finite") else bad + 1
+            skipped += bad > 0
+            interrupted, count = figures.pop("interrupted"), figures.pop("count")
+            tokens += int(count)
+            now = time.perf_counter()
+            seconds, rate, clock = seconds + now - clock, count / (now - clock), now
+            used = mfu(model.config, settings.seq_len, rate, ranks)
+            if bad == 10:
+                raise InputError(f"loss or gradient was not finite in ten steps in a row, the last of them {step}; "
+                                 f"the newest good checkpoint is {(checkpoints(out) or ['none'])[-1]}: try a lower --lr")
+            if evaluate and (step % settings.eval_every == 0 or step == steps) and not interrupted:
+                figures |= evaluate(step)
+                clock = time.perf_counter()  # an evaluation is not counted as training time
+            if log:
+                line = {"step": step, "tokens": tokens, **figures, "lr": lr, "tokens_per_s": round(rate), "mfu": used,
+                        "seconds": round(seconds, 3), "skipped": skipped}
+                log.write(json.dumps(line) + "\n")
+                bar.set_postfix_str(f"loss {figures['loss']:.3f} ppl {math.exp(min(20, figures['loss'])):.2f} lr {lr:.1e} "
+                                    f"grad {figures['grad_norm']:.2f} {rate:,.0f} tok/s" + (f" mfu {used:.0%}" if used else "")
+                                    + (f" skipped {skipped}" if skipped else ""), refresh=False)
+            bar.update()
+            if step % settings.save_every == 0 or step == steps or interrupted:
+                done = {"tokens": tokens, "seconds": seconds, "skipped": skipped}
+                save_checkpoint(out, step, {"model": model}, {"model": optimizer}, done, settings.keep)
+                clock = time.perf_counter()
+            if interrupted:
+                bar.close()
+                if ranks.rank == 0:
+                    print(f"stopped; saved {out}/step-{step:06d}. The same command goes on from there.", flush=True)
+                sys.exit(128 + (caught or [signal.SIGTERM])[0])
+    bar.close()
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+def lm_loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor, dict]:
+    """The language-modelling loss of a micro-batch (inputs, targets): its sum, the number of targets, no more logs."""
+    inputs, targets = batch
+    return -model(inputs, targets=targets).sum(), (targets != IGNORE).sum(), {}
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, mixture: Mixture, micro_batch: int, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
+    """Per row of a held-out mixture: the summed loss in nats, and the number of targets. Rows are dealt to the ranks."""
+    totals = torch.zeros(2, mixture.n_rows, dtype=torch.double, device=ranks.device)
+    for batch in range(0, math.ceil(mixture.n_rows / micro_batch), ranks.world_size):
+        begin = (batch + ranks.rank) * micro_batch
+        rows = range(begin, min(begin + micro_batch, mixture.n_rows))
+        inputs, targets = (x.to(ranks.device) for x in mixture.batch(rows, micro_batch))
+        losses = -model(inputs, targets=targets).double()  # (micro_batch, seq)
+        totals[:, rows.start : rows.stop] = torch.stack([losses.sum(1), (targets != IGNORE).sum(1)])[:, : len(rows)]
+    if hasattr(model, "reshard"):
+        model.reshard()  # without a backward pass the root would stay whole
+    dist.all_reduce(totals)
+    return tuple(totals.cpu().numpy())
+
+
+def interval(values: np.ndarray, weights: np.ndarray | None = None, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean, and its 95 % interval by bootstrap over the values: (mean, low, high). With weights: Σ values / Σ weights."""
+    values = np.asarray(values, float)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picks].sum(1) / weights[picks].sum(1), [2.5, 97.5])
+    return values.sum() / weights.sum(), low, high
+
+
+def write_samples(model: Transformer, tokenizer: Tokenizer, step: int, length: int, ranks: Ranks, path: Path) -> list[str]:
+    """What the model says after BOS, and after the words of the tiny world: four samples at temperature 0.8."""
+    starts = ["", "", "Question:", "One day"]
+    texts = []
+    with gathered(model) as whole:
+        if ranks.rank == 0:
+            prompts = [tokenizer.encode(text, bos=True, eos=False) for text in starts]
+            answers = generate(whole, prompts, length, temperature=0.8, top_p=0.95, stop=(tokenizer.eos_id,))
+            texts = [tokenizer.decode(p[1:] + a).strip().replace("\n", "\\n") for p, a in zip(prompts, answers)]
+            with open(path, "a") as f:
+                f.write(f"--- step {step}\n" + "".join(text + "\n" for text in texts))
+    return texts
+
+
+def draw_loss(out: Path) -> None:
+    """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no loss.png: `pip install matplotlib` draws it")
+        return
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tokens, losses = np.array([r["tokens"] for r in rows]) / 1e6, np.array([r["loss"] for r in rows])
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(tokens, losses, color="0.8", lw=0.8, label="training, each step")
+    window = max(1, len(rows) // 50)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    axes.plot(tokens[window - 1 :], smooth, color="k", lw=1.5, label=f"training, mean of {window} steps")
+    names = sorted({key.removeprefix("loss/") for row in rows for key in row if key.startswith("loss/")})
+    for i, name in enumerate(names):  # Okabe and Ito's colours, which colour-blind readers can tell apart
+        points = [(r["tokens"] / 1e6, r["loss/" + name]) for r in rows if "loss/" + name in r]
+        axes.plot(*zip(*points), "o-", ms=4, color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"][i % 5], label=f"held-out {name}")
+    axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", ylim=(0.9 * smooth.min(), np.quantile(losses, 0.99)))
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=150)
+
+
+def main(settings: Settings) -> None:
+    """Run the whole of §2: sources → tokenizer → shards → one epoch → perplexity, samples and a loss curve."""
+    ranks = start(settings)
+    with locked(settings.out, ranks):
+        out = Path(settings.out)
+        folder, index = prepare(settings, ranks)
+        tokenizer = Tokenizer(str(folder / "tokenizer.model"))
+        config = with_vocab(PRESETS[settings.preset], tokenizer.vocab_size)
+        if settings.seq_len > config.max_seq_len:
+            raise InputError(f"--seq_len {settings.seq_len} is longer than the context of {settings.preset}, {config.max_seq_len}")
+        specs = sources(settings.data, settings.world)
+        parts = [(part, source.epochs) for source in specs for part in index[source.name]["parts"] if source.epochs]
+        common = (settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
+        mixture = Mixture(parts, *common)
+        held_out = {name: Mixture([(entry["held_out"], 1)], *common) for name, entry in index.items() if entry["held_out"]}
+        steps = min(math.ceil(mixture.n_rows / settings.batch_size), settings.steps or sys.maxsize)
+        parent = {"parent": settings.init, "parent_fingerprint": fingerprint(settings.init)} if settings.init else {}
+        open_run(settings, config, "pretrain", ranks, tokens=mixture.n_tokens, data={s.name: s.fingerprint for s in specs}, **parent)
+        model = build(config, settings, ranks)
+        if ranks.rank == 0:
+            replace_file(out / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
+            print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {mixture.n_tokens:,} tokens, {steps:,} steps, "
+                  f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}")
+            print_settings(settings)
+        if settings.init:
+            load_checkpoint(checkpoints(settings.init)[-1], {"model": model}, {})
+
+        def evaluate(step: int) -> dict:
+            figures = {}
+            for name, mixture in held_out.items():
+                losses, counts = perplexity(model, mixture, settings.micro_batch, ranks)
+                mean, low, high = interval(losses, counts)
+                bits = losses.sum() / math.log(2) / index[name]["held_out_bytes"]
+                figures |= {f"loss/{name}": mean, f"low/{name}": low, f"high/{name}": high, f"bits_per_byte/{name}": bits}
+            if settings.sample_tokens:
+                texts = write_samples(model, tokenizer, step, settings.sample_tokens, ranks, out / "samples.txt")
+                if ranks.rank == 0:
+                    tqdm.write("\n".join(f"  {step}: {text[:110]}" for text in texts[2:]))
+            return figures
+
+        batch_at = lambda step: mixture.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
+        train(model, adamw(model, settings.weight_decay), batch_at, lm_loss, settings, ranks, steps, evaluate)
+        if ranks.rank == 0:
+            report(out)
+
+
+def report(out: Path) -> None:
+    """Print the end of a run as a table: tokens, speed, and each source's held-out perplexity with its interval."""
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    print(f"\n{last['tokens']:,} tokens in {last['seconds']:.0f} s, {last['tokens'] / last['seconds']:,.0f} tokens/s")
+    print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}")
+    for name in (key.removeprefix("loss/") for key in last if key.startswith("loss/")):
+        low, high = math.exp(last[f"low/{name}"]), math.exp(last[f"high/{name}"])
+        print(f"{name:18} {math.exp(last[f'loss/{name}']):10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}")
+    draw_loss(out)
+    print(f"model, metrics, samples and loss curve are in {out}")
+
+
+def command_line(main: Callable, cls: type) -> None:
+    """Parse the flags and run `main`; bad input ends with one sentence on standard error and exit code 2."""
+    try:
+        main(parse(cls))
+    except (InputError, ModelError, TokenizerError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command_line(main, Settings)
