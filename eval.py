@@ -17,8 +17,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import toy
 from model import IGNORE, Transformer, generate
@@ -158,9 +156,11 @@ def pretrain_section(run: Path) -> str:
         parts.append("<p>The held-out losses should fall with the training loss and end beside it: every document was read "
                      f"about once.</p><img alt='loss against tokens' src='data:image/png;base64,{image}'>")
     names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
-    parts.append(table(["held-out source", "perplexity", "95 % interval", "bits per byte"], [
-        [name, f"{math.exp(last['loss/' + name]):.3f}", f"{math.exp(last['low/' + name]):.3f} … {math.exp(last['high/' + name]):.3f}",
-         f"{last['bits_per_byte/' + name]:.3f}"] for name in names]))
+    rows = []
+    for name in names:
+        loss, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
+        rows.append([name, f"{loss:.3f}", f"{low:.3f} … {high:.3f}", f"{last[f'bits_per_byte/{name}']:.3f}"])
+    parts.append(table(["held-out source", "perplexity", "95 % interval", "bits per byte"], rows))
     if (run / "facts.json").exists():
         found = json.loads((run / "facts.json").read_text())
         parts.append("<p>Does it believe the encyclopedia, or the web that repeats myths? Up-sampling the encyclopedia (§2.1) is "
@@ -170,7 +170,8 @@ def pretrain_section(run: Path) -> str:
             for key, name in (("p_true", "P(true) of {true, myth}"), ("right", "greedy answer is true"))]))
     samples = (run / "samples.txt").read_text().split("--- step ") if (run / "samples.txt").exists() else [""]
     if samples[-1]:
-        parts.append(f"<p>What it says, first and last:</p><pre>{html.escape(samples[1])}</pre><pre>{html.escape(samples[-1])}</pre>")
+        parts.append("<p>What it says, at the first evaluation and at the last:</p>")
+        parts += [f"<pre>step {html.escape(text)}</pre>" for text in (samples[1], samples[-1])]
     return "\n".join(parts)
 
 
@@ -190,7 +191,8 @@ def report(settings: Report) -> None:
     sections = [pretrain_section(run) for run in runs]
     page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>Llama 2, small</title><style>{STYLE}</style><h1>Llama 2, from raw text, small</h1>"
-            f"<p class=note>Made {time.strftime('%Y-%m-%d %H:%M')} by <code>python eval.py report</code>.</p>" + "\n".join(sections))
+            f"<p class=note>Made {time.strftime('%Y-%m-%d %H:%M')} by <code>python eval.py report</code>.</p>")
+    page += "\n".join(sections)
     replace_file(Path(settings.out, "report.html"), page.encode())
     print(f"{settings.out}/report.html")
 

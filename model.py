@@ -219,8 +219,8 @@ class Transformer(nn.Module):
 def initial_weight(name: str, shape: torch.Size, n_layers: int, seed: int, device: torch.device) -> Tensor:
     """A whole parameter before training: norm gains 1, matrices N(0, 0.02²), wo and w2 smaller by √(2 n_layers).
 
-    The paper does not state its initialisation: our choice, GPT-2's. The numbers depend on the seed and the
-    parameter's name alone, so every rank of any world size draws the same ones.
+    The paper does not state its initialisation: our choice, GPT-2's. The numbers depend on the seed, the
+    parameter's name and the kind of device alone, so every rank of any world size draws the same ones.
     """
     if len(shape) == 1:
         return torch.ones(shape, device=device)
@@ -250,7 +250,8 @@ def target_log_probs(h: Tensor, weight: Tensor, targets: Tensor, temperature: fl
     are alive at once: the backward pass computes each chunk again.
     """
     def loss(h: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(h / temperature, weight).float()  # (chunk, vocab)
+        logits = F.linear(h, weight).float()  # (chunk, vocab)
+        logits = logits if temperature == 1 else logits / temperature
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")  # (chunk,)
 
     rows, wanted = h.flatten(0, 1), targets.flatten()  # (batch · seq, dim), (batch · seq,)
@@ -369,15 +370,18 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
              on_token: Callable[[int, int], None] | None = None) -> list[list[int]] | list[Sample]:
     """Continue prompts of any lengths; return the new tokens of each, the stop token included if one came.
 
-    prompts: lists of token ids, none empty. The released defaults are temperature 0.6 and top_p 0.9; temperature 0
-    is greedy. n_samples continuations of a prompt share its prefill and lie side by side: that of prompt i and
-    sample k is at i · n_samples + k. A row also ends when the context is full. The random number of token t of
-    sample k depends on (seed, rows[i], k, t) only, with rows[i] = i by default. batch_size: continuations that are
-    drawn at once; log_probs: return `Sample`s, with the log-probability of each token at this temperature, before
-    top-p; on_token(index, token) is called as tokens come. Raises ModelError for an empty or too long prompt
-    and for ids outside the vocabulary. The model must hold its full weights (see `gathered` in pretrain.py).
+    prompts: lists of token ids, none empty. temperature and top_p default to the released values; temperature 0 is
+    greedy. The n_samples continuations of a prompt share its prefill; that of prompt i and sample k stands at
+    i · n_samples + k. A row ends at a stop token, or where the context is full. The random number of token t of
+    sample k depends on (seed, rows[i], k, t) only, with rows[i] = i by default. batch_size: continuations drawn at
+    once (those of one prompt stay together). log_probs: return `Sample`s, with the log-probability of each token at
+    this temperature, before top-p. on_token(index, token) is called as tokens come. Raises ModelError for an empty
+    or too long prompt and for ids outside the vocabulary. The model must hold its full weights (see `gathered` in
+    pretrain.py), or all ranks must draw equally many tokens.
     """
     check_prompts(prompts, model.config)
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ModelError(f"temperature {temperature} must not be below 0, and top_p {top_p} must be above 0 and at most 1")
     rows = range(len(prompts)) if rows is None else rows
     results: list = [None] * (len(prompts) * n_samples)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch

@@ -15,7 +15,6 @@ import glob
 import gzip
 import hashlib
 import inspect
-import io
 import json
 import math
 import multiprocessing
@@ -30,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -62,7 +61,7 @@ class Common:
     """Flags that mean the same in every stage. The comments are the help; None means: by preset."""
     preset: str = "toy"  # size of the model, and the paper's hyper-parameters for it
     out: str = ""  # folder of this run; started again, it goes on where it stopped
-    steps: int | None = None  # stop after so many steps (default: all epochs)
+    steps: int | None = None  # stop after so many steps, and end the schedule there; else after all epochs
     lr: float | None = None  # peak learning rate | 3e-4 (7B, 13B), 1.5e-4 (34B, 70B)
     warmup: int | None = None  # steps of linear warm-up | 2000
     batch_size: int | None = None  # rows of a step, over all ranks | 1024, which is 4M tokens
@@ -150,6 +149,9 @@ def parse(cls: type, argv: list[str] | None = None):
         value = getattr(settings, name, None)
         if value is not None and value <= 0:
             raise InputError(f"--{name} must be above 0, not {value}")
+    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay"):
+        if (getattr(settings, name, None) or 0) < 0:
+            raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
     if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
         raise InputError(f"--dtype {settings.dtype} is unknown; take fp32, bf16 or auto")
     return settings
@@ -189,19 +191,25 @@ def start(settings) -> Ranks:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % settings.replicas:
         raise InputError(f"--replicas {settings.replicas} does not divide the {world_size} ranks")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = settings.threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads = settings.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    before = read_config(settings.out) if settings.resume else {}
+    if before.get("world_size") == world_size and not settings.threads:
+        threads = before["threads"]  # another number would change the last bits of every sum
     torch.set_num_threads(threads)
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: keep freed memory (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
         mallopt(-3, 2**25), mallopt(-1, 2**31 - 1)  # instead of faulting every activation in again: 1.1 times as fast on CPU
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     shape, names = ((world_size,), ("shard",))
     if settings.replicas > 1:
         shape, names = (settings.replicas, world_size // settings.replicas), ("replica", "shard")
     return Ranks(rank, world_size, device, init_device_mesh(kind, shape, mesh_dim_names=names), threads)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def build(config: ModelConfig, settings, ranks: Ranks) -> Transformer:
@@ -243,6 +251,16 @@ def gathered(model: Transformer, dtype: torch.dtype | None = None) -> Iterator[T
     yield whole.eval()
 
 
+@contextmanager
+def rank_0_first(ranks: Ranks) -> Iterator[None]:
+    """Rank 0 runs the block before the others do: it writes files that they then find."""
+    if ranks.rank > 0:
+        dist.barrier(cpu_group())
+    yield
+    if ranks.rank == 0:
+        dist.barrier(cpu_group())
+
+
 # ---------------------------------------------------------------------------------------------- documents
 
 
@@ -259,8 +277,8 @@ class Source(NamedTuple):
 TOY_MIX = ("toy/encyclopedia:3", "toy/web:0.4545", "toy/stories", "toy/numbers")
 
 
-def sources(specs: Iterable[str], world_seed: int) -> list[Source]:
-    """[NAME=]GLOB[:EPOCHS] → sources. `toy` stands for TOY_MIX, `toy/NAME` for one of its sources, `docs` for docstrings."""
+def sources(specs: Iterable[str], world_seed: int, stdin: str = "") -> list[Source]:
+    """[NAME=]GLOB[:EPOCHS] → sources; `toy` stands for TOY_MIX, `docs` for docstrings, `-` for the file `stdin`."""
     found = []
     for spec in [part for spec in specs for part in (TOY_MIX if spec == "toy" else (spec,))]:
         pattern, colon, epochs = spec.rpartition(":")
@@ -278,7 +296,7 @@ def sources(specs: Iterable[str], world_seed: int) -> list[Source]:
         elif pattern == "docs":
             documents, fingerprint, shards = toy.python_docs, f"docs of {sys.version} {sys.prefix}", []
         else:
-            files = ["-"] if pattern == "-" else sorted(glob.glob(pattern))
+            files = [stdin] if pattern == "-" else sorted(glob.glob(pattern))
             if not files:
                 raise InputError(f"--data {spec}: no file matches {pattern}")
             shards = [file for file in files if file.endswith((".u16", ".u32"))]
@@ -300,10 +318,20 @@ def tiny_world(seed: int):
     return toy.World(seed)
 
 
+def spool_stdin(settings, ranks: Ranks) -> str:
+    """Keep standard input, which can be read but once, as a file of the run; return its path."""
+    path = Path(settings.out, "data", "stdin.txt")
+    with rank_0_first(ranks):
+        if ranks.rank == 0 and not (path.exists() and settings.resume):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".part"), "wb") as f:
+                shutil.copyfileobj(sys.stdin.buffer, f)
+            os.replace(path.with_suffix(".part"), path)
+    return str(path)
+
+
 def file_fingerprint(file: str) -> str:
     """A hash of a file's size and of its first and last megabyte: enough to notice another file."""
-    if file == "-":
-        return "standard input"
     size = os.path.getsize(file)
     with open(file, "rb") as f:
         head = f.read(2**20)
@@ -312,10 +340,10 @@ def file_fingerprint(file: str) -> str:
 
 
 def read_lines(file: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line of a text file, plain or .gz, `-` for standard input; InputError names a bad line."""
+    """(number, text) of each line of a text file, plain or .gz; InputError names a line that is not UTF-8."""
     number = 0
     try:
-        with (sys.stdin.buffer if file == "-" else gzip.open(file) if file.endswith(".gz") else open(file, "rb")) as f:
+        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as f:
             for number, line in enumerate(f, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -332,9 +360,8 @@ def read_documents(file: str) -> Iterator[str]:
             if line.strip():
                 try:
                     text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError):
-                    text = None
-                if not isinstance(text, str):
+                    text.encode()  # half a surrogate pair is no text
+                except (ValueError, KeyError, TypeError, AttributeError):
                     raise InputError(f'{file}, line {number}: each line must be a JSON object with a "text" string')
                 yield text
     else:
@@ -342,7 +369,7 @@ def read_documents(file: str) -> Iterator[str]:
         for _, line in read_lines(file):
             page.append(line)
             length += len(line)
-            if not line.strip() and length > 2000:  # characters; a page so ends with the paragraph it is in
+            if length > 2000 and not line.strip() or length > 20000:  # characters; pages end with a paragraph if they can
                 yield "".join(page)
                 page, length = [], 0
         yield "".join(page)
@@ -351,19 +378,16 @@ def read_documents(file: str) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------- token shards
 
 PART_TOKENS = 2**27  # tokens of one shard file
-HELD_OUT = (100, 200)  # every 100th document is held out for perplexity, 200 of a source at most: our choice
+HELD_OUT_EVERY, HELD_OUT_DOCUMENTS, HELD_OUT_TOKENS = 100, 200, 2**16  # for perplexity, of each source: our choice
 
 
-def prepare(settings: Settings, ranks: Ranks) -> tuple[Path, dict]:
+def prepare(found: list[Source], settings: Settings, ranks: Ranks) -> tuple[Path, dict]:
     """Tokenise every source into shards, once: rank 0 works, the others wait. Returns their folder and its index.
 
     The folder's name is a hash of data and tokenizer; it is complete when index.json is there. Stopped on the
     way, finished shards are kept. A shard is NAME-00000.u16 (or .u32): the ids of its documents, each with BOS
     and EOS, and NAME-00000.ends: where each document ends, as uint64.
     """
-    found = sources(settings.data, settings.world)
-    if settings.tokenizer and not os.path.isfile(settings.tokenizer):
-        raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
     tokenizer = file_fingerprint(settings.tokenizer) if settings.tokenizer else settings.vocab_size
     key = hashlib.sha256(json.dumps([[s.name, s.fingerprint] for s in found] + [tokenizer]).encode()).hexdigest()[:12]
     folder = Path(settings.out, "data", key)
@@ -377,7 +401,7 @@ def prepare(settings: Settings, ranks: Ranks) -> tuple[Path, dict]:
                 replace_file(folder / "tokenizer.model", Path(settings.tokenizer).read_bytes())
             else:
                 train_tokenizer(found, folder / "tokenizer.model", settings)
-        index = {s.name: tokenize(s, folder, workers=ranks.threads) for s in found}
+        index = {s.name: tokenize(s, folder) for s in found}
         replace_file(folder / "index.json", json.dumps(index, indent=1).encode())
     return folder, json.loads((folder / "index.json").read_text())
 
@@ -401,31 +425,33 @@ def train_tokenizer(found: list[Source], path: Path, settings: Settings) -> None
     Tokenizer.train(texts(), str(path), settings.vocab_size, user_defined_symbols=TOY_SYMBOLS if is_toy else ())
 
 
-def tokenize(source: Source, folder: Path, workers: int) -> dict:
-    """Write the shards of one source, in parallel; return what the index says of it."""
+def tokenize(source: Source, folder: Path) -> dict:
+    """Write the shards of one source, on all cores; return what the index says of it, with paths relative to folder."""
     if source.shards:
         return {"parts": [str(Path(shard).resolve()) for shard in source.shards], "held_out": None, "held_out_bytes": 0}
     vocab_size = Tokenizer(str(folder / "tokenizer.model")).vocab_size
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     suffix = f".u{8 * dtype.itemsize}"
-    parts = sorted(map(str, folder.glob(f"{source.name}-?????{suffix}")))
-    done = sum(len(shard_ends(part)) for part in parts)  # documents in shards that an earlier, stopped run finished
-    tokens, held_out, held_out_bytes = [], [], 0
+    parts = sorted(path.name for path in folder.glob(f"{source.name}-?????{suffix}"))
+    done = sum(len(shard_ends(folder / part)) for part in parts)  # documents in shards that an earlier, stopped run finished
+    tokens, held_out, held_out_tokens, held_out_bytes = [], [], 0, 0
 
     def write(documents: list[np.ndarray], stem: str) -> str:
         replace_file(folder / f"{stem}.ends", np.cumsum([len(d) for d in documents], dtype=np.uint64).tobytes())
         replace_file(folder / f"{stem}{suffix}", np.concatenate(documents).tobytes())
-        return str(folder / f"{stem}{suffix}")
+        return stem + suffix
 
     documents = iter(source.documents())
     chunks = iter(lambda: list(islice(documents, 512)), [])
-    windows = iter(lambda: list(islice(chunks, 4 * workers)), [])  # so much text is in memory at once, not more
+    windows = iter(lambda: list(islice(chunks, 4 * cores())), [])  # so much text is in memory at once, not more
     taken = size = 0  # documents for training so far; tokens of the shard that is being filled
-    with multiprocessing.get_context("fork").Pool(workers, load_tokenizer, (folder / "tokenizer.model", dtype)) as pool:
+    with multiprocessing.get_context("fork").Pool(cores(), load_tokenizer, (folder / "tokenizer.model", dtype)) as pool:
         encoded = (document for window in windows for chunk in pool.imap(encode_documents, window) for document in chunk)
         for seen, (ids, n_bytes) in enumerate(tqdm(encoded, desc=f"tokenising {source.name}", unit=" documents"), 1):
-            if seen % HELD_OUT[0] == 0 and len(held_out) < HELD_OUT[1]:
+            room = len(held_out) < HELD_OUT_DOCUMENTS and held_out_tokens < HELD_OUT_TOKENS
+            if seen % HELD_OUT_EVERY == 0 and room:
                 held_out.append(ids)
+                held_out_tokens += len(ids)
                 held_out_bytes += n_bytes
                 continue
             taken += 1
@@ -456,9 +482,9 @@ def encode_documents(texts: list[str]) -> list[tuple[np.ndarray, int]]:
     return [(np.array(ids, encode_documents.dtype), len(text.encode())) for text, ids in zip(texts, encoded)]
 
 
-def shard_ends(part: str) -> np.ndarray:
+def shard_ends(part: Path) -> np.ndarray:
     """Where each document of a shard ends, in tokens: a memory map of uint64."""
-    path = Path(part).with_suffix(".ends")
+    path = part.with_suffix(".ends")
     if not path.exists():
         raise InputError(f"{part}: the file {path.name} beside it is missing, so its documents can't be told apart")
     return np.memmap(path, np.uint64, "r")
@@ -488,79 +514,70 @@ class Mixture:
     """One epoch over sources with weights (§2.1), as rows of tokens; row r is a pure function of r, the files and the seed.
 
     A source with weight w gives each document ⌊w⌋ times, and a share w - ⌊w⌋ of them once more. All documents are
-    shuffled together and laid end to end, behind one EOS, so that every token is a target exactly as often as its
-    document is read. Row r is tokens r·T … r·T + T of that stream: rows overlap by one token. Memory stays
-    constant: tokens are memory-mapped, and of the order only the cumulative lengths are stored, in a file.
+    shuffled together and laid end to end, with one EOS in front at place -1, so that every token is a target exactly
+    as often as its document is read. Row r is places r·T - 1 … r·T + T - 1 of that stream: rows overlap by one token.
+    Memory stays constant: the tokens and the order are memory-mapped files.
     """
 
-    def __init__(self, parts: list[tuple[str, float]], seq_len: int, seed: int, eos_id: int, vocab_size: int, folder: Path):
-        """parts: (shard file, weight). folder: where the cumulative lengths go."""
+    def __init__(self, parts: list[tuple[Path, float]], seq_len: int, seed: int, eos_id: int, vocab_size: int, folder: Path):
+        """parts: (shard file, weight). folder: where the file with the order goes."""
         self.seq_len, self.seed, self.eos_id, self.vocab_size = seq_len, seed, eos_id, vocab_size
         self.files = [file for file, _ in parts]
-        self.tokens = [np.memmap(file, np.uint16 if file.endswith(".u16") else np.uint32, "r") for file in self.files]
+        self.tokens = [np.memmap(file, np.uint16 if file.suffix == ".u16" else np.uint32, "r") for file in self.files]
         self.doc_ends = [shard_ends(file) for file in self.files]
         for file, tokens, ends in zip(self.files, self.tokens, self.doc_ends):
             if not len(ends) or int(ends[-1]) != len(tokens):
                 raise InputError(f"{file}: holds {len(tokens)} tokens, but its .ends file counts "
                                  f"{int(ends[-1]) if len(ends) else 0}; make the shard again")
         n_docs = [len(ends) for ends in self.doc_ends]
-        self.reads = [round(weight * n) for (_, weight), n in zip(parts, n_docs)]  # documents read from each part
-        self.starts = np.cumsum([0] + self.reads)
-        key = hashlib.sha256(json.dumps([parts, seed, n_docs]).encode()).hexdigest()[:12]
-        path = folder / f"order-{key}.ends"
+        self.first = np.cumsum([0, *n_docs])  # documents are numbered through all parts
+        reads = [round(weight * n) for (_, weight), n in zip(parts, n_docs)]
+        if not sum(reads):
+            raise InputError(f"{self.files[0].stem}: its EPOCHS leave not one whole document; read more of it")
+        key = hashlib.sha256(json.dumps([[f.name for f in self.files], reads, seed, n_docs]).encode()).hexdigest()[:12]
+        path = folder / f"order-{key}.i64"
         if not path.exists():
-            self.write_order(path)
-        self.ends = np.memmap(path, np.int64, "r")  # (documents,): where each document of the stream ends
-        self.n_tokens = int(self.ends[-1])
+            self.write_order(path, reads)
+        self.order = np.memmap(path, np.int64, "r").reshape(-1, 2)  # (documents read, {where it ends, its number})
+        self.n_tokens = int(self.order[-1, 0])
         self.n_rows = math.ceil(self.n_tokens / seq_len)
 
-    def locate(self, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The documents at these places of the shuffled order: (which part, which document of it)."""
-        slot = permute(place, int(self.starts[-1]), self.seed)
-        part = np.searchsorted(self.starts, slot, side="right") - 1
-        index = slot - self.starts[part]
-        for p in np.unique(part):
-            n, mine = len(self.doc_ends[p]), part == p
-            whole = self.reads[p] // n * n  # reads that belong to whole epochs; the rest is a random subset
-            extra = permute(index[mine] % n, n, self.seed + 1)
-            index[mine] = np.where(index[mine] < whole, index[mine] % n, extra)
-        return part, index
-
-    def write_order(self, path: Path) -> None:
-        """Cumulative lengths of the shuffled documents, a million at a time, written aside and renamed."""
-        total, partial = 0, path.with_suffix(f".{os.getpid()}.part")
-        with open(partial, "wb") as f:
-            for start in range(0, int(self.starts[-1]), 2**20):
-                part, index = self.locate(np.arange(start, min(start + 2**20, int(self.starts[-1]))))
-                lengths = np.empty(len(part), np.int64)
-                for p in np.unique(part):
-                    mine = index[part == p]
-                    ends = self.doc_ends[p]
-                    lengths[part == p] = ends[mine].astype(np.int64) - np.where(mine > 0, ends[mine - 1], 0).astype(np.int64)
-                ends = total + np.cumsum(lengths)
-                total = int(ends[-1])
-                f.write(ends.tobytes())
-        os.replace(partial, path)
+    def write_order(self, path: Path, reads: list[int]) -> None:
+        """Shuffle the documents, of which reads[p] come from part p: their ends and numbers, a million at a time."""
+        starts, total = np.cumsum([0, *reads]), 0
+        with open(path.with_suffix(".part"), "wb") as f:
+            for start in range(0, int(starts[-1]), 2**20):
+                slots = permute(np.arange(start, min(start + 2**20, int(starts[-1]))), int(starts[-1]), self.seed)
+                lengths, numbers = np.empty_like(slots), np.empty_like(slots)
+                for p, ends in enumerate(self.doc_ends):
+                    mine = (starts[p] <= slots) & (slots < starts[p + 1])
+                    read, n = slots[mine] - starts[p], len(ends)
+                    # whole epochs take every document; what is left of the reads takes a random subset
+                    document = np.where(read < reads[p] // n * n, read % n, permute(read % n, n, self.seed + 1))
+                    begins = np.where(document > 0, ends[document - 1], 0)
+                    lengths[mine], numbers[mine] = ends[document] - begins, self.first[p] + document
+                f.write(np.stack([total + np.cumsum(lengths), numbers], axis=1).tobytes())
+                total += int(lengths.sum())
+        os.replace(path.with_suffix(".part"), path)
 
     def row(self, r: int) -> np.ndarray:
-        """Tokens r·T … r·T + T of the stream: (seq_len + 1,), filled up with IGNORE behind its end."""
+        """Places r·T - 1 … r·T + T - 1 of the stream: (seq_len + 1,), filled up with IGNORE behind its end."""
         row = np.full(self.seq_len + 1, IGNORE, np.int64)
-        begin, end = r * self.seq_len - 1, min(r * self.seq_len + self.seq_len, self.n_tokens)  # the EOS stands at -1
-        at = begin
-        if at < 0:
-            row[0], at = self.eos_id, 0
-        first = int(np.searchsorted(self.ends, at, side="right"))
-        last = int(np.searchsorted(self.ends, end, side="left")) if end > at else first - 1
-        parts, indices = self.locate(np.arange(first, last + 1))
-        for place, p, d in zip(range(first, last + 1), parts, indices):
-            doc_begin = int(self.doc_ends[p][d - 1]) if d else 0
-            offset = doc_begin + at - (int(self.ends[place - 1]) if place else 0)
-            piece = self.tokens[p][offset : offset + min(end, int(self.ends[place])) - at]
-            if piece.max(initial=0) >= self.vocab_size:
-                raise InputError(f"{self.files[p]}: holds the token id {piece.max()}, outside the vocabulary of "
+        begin, end = r * self.seq_len - 1, min((r + 1) * self.seq_len, self.n_tokens)
+        if begin < 0:
+            row[0] = self.eos_id
+        at = max(begin, 0)
+        place = int(np.searchsorted(self.order[:, 0], at, side="right"))  # the document that holds token `at`
+        while at < end:
+            doc_end, number = self.order[place].tolist()
+            part = int(np.searchsorted(self.first, number, side="right")) - 1
+            stop = int(self.doc_ends[part][number - self.first[part]]) - (doc_end - min(end, doc_end))
+            piece = self.tokens[part][stop - (min(end, doc_end) - at) : stop]
+            if piece.max() >= self.vocab_size:
+                raise InputError(f"{self.files[part]}: holds the token id {piece.max()}, outside the vocabulary of "
                                  f"{self.vocab_size}; was it made with another tokenizer?")
             row[at - begin : at - begin + len(piece)] = piece
-            at += len(piece)
+            at, place = at + len(piece), place + 1
         return row
 
     def batch(self, rows: range, total: int) -> tuple[Tensor, Tensor]:
@@ -661,9 +678,9 @@ def checkpoint_state(modules: dict[str, nn.Module], optimizers: dict[str, torch.
 
 
 @cache
-def cpu_group() -> dist.ProcessGroup | None:
-    """Checkpoints are agreed on over gloo, on a group of their own."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+def cpu_group() -> dist.ProcessGroup:
+    """A gloo group of its own: checkpoints are agreed on over it, and ranks wait for each other's files."""
+    return dist.new_group(backend="gloo")
 
 
 def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer],
@@ -683,18 +700,22 @@ def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], o
         dcp.save(checkpoint_state(modules, optimizers), checkpoint_id=aside, process_group=cpu_group())
     if dist.get_rank() == 0:
         replace_file(aside / "progress.json", json.dumps({"step": step} | progress).encode())
-        if final.exists():  # a run that ended was asked to save its last step again
-            shutil.rmtree(final)
         os.replace(aside, final)
         for old in checkpoints(out)[:-keep]:
-            os.replace(old, f"{old}.part")  # so that a half-removed folder is never taken for a checkpoint
-            shutil.rmtree(f"{old}.part")
+            remove_checkpoint(old)
     dist.barrier(cpu_group())
 
 
 def checkpoints(out: str | Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     return sorted((p for p in Path(out).glob("step-*") if re.fullmatch(r"step-\d+", p.name)), key=lambda p: int(p.name[5:]))
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a folder step-NNNNNN, renamed first, so that half of it is never taken for a checkpoint."""
+    aside = folder.with_name(folder.name + ".part")
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -707,7 +728,7 @@ class SafeReader(dcp.FileSystemReader):
                     raise InputError(f"{path}: asks for {module}.{name}, which no checkpoint of ours needs; it is not loaded")
                 return super().find_class(module, name)
 
-        path = Path(self.path, ".metadata")
+        path = Path(self.path, ".metadata")  # torch offers no other way in than to lend it another pickle.load
         original, pickle.load = pickle.load, lambda file: Unpickler(file).load()
         try:
             return super().read_metadata(*args, **kwargs)
@@ -725,7 +746,7 @@ HARMLESS = {("torch.distributed.checkpoint.metadata", name) for name in (
 def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
     """Fill modules and optimizers from a folder step-NNNNNN, saved at any world size; return its progress.
 
-    Raises InputError if it is damaged or of another shape, before anything is changed.
+    Raises InputError if it is of another shape, before anything is changed, or damaged.
     """
     state = checkpoint_state(modules, optimizers)
     try:
@@ -738,7 +759,8 @@ def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizer
                 raise InputError(f"{folder}: {name} has shape {tuple(saved[name].size)}, not {tuple(tensor.shape)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(state, storage_reader=SafeReader(folder), process_group=cpu_group(), no_dist=not dist.is_initialized())
+            dcp.load(state, storage_reader=SafeReader(folder), process_group=cpu_group() if dist.is_initialized() else None,
+                     no_dist=not dist.is_initialized())
         progress = json.loads(Path(folder, "progress.json").read_text())
     except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
         if isinstance(error, InputError):
@@ -750,10 +772,9 @@ def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizer
 
 def load_model(out: str | Path) -> tuple[Transformer, Tokenizer, dict]:
     """The newest model of a run as a plain module on the CPU, its tokenizer, and its config.json."""
-    found = checkpoints(out)
-    if not found or not Path(out, "config.json").exists():
+    found, config = checkpoints(out), read_config(out)
+    if not found or not config:
         raise InputError(f"{out}: there is no checkpoint; make one with `python pretrain.py --out {out}`")
-    config = json.loads(Path(out, "config.json").read_text())
     model = Transformer(ModelConfig(**config["model"]))
     load_checkpoint(found[-1], {"model": model}, {})
     return model.eval(), Tokenizer(str(Path(out, "tokenizer.model"))), config
@@ -768,33 +789,53 @@ def fingerprint(out: str | Path) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def open_run(settings, config: ModelConfig, stage: str, ranks: Ranks, **more) -> None:
-    """Claim --out for this run: refuse another run's folder, drop what was left unfinished, write config.json."""
+def read_config(out: str | Path) -> dict:
+    """The config.json of a run of ours; empty if there is none."""
+    path = Path(out, "config.json")
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict) or not {"stage", "settings", "model", "threads"} <= set(config):
+        raise InputError(f"{path} was not written by this project; take another --out")
+    return config
+
+
+def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
+    """Claim --out: refuse another run's folder, drop what was left unfinished. Returns what config.json will hold.
+
+    `more` goes there too; of it, `data` (fingerprints) must not change while the run goes on.
+    """
     out = Path(settings.out)
-    record = {"stage": stage, "model": asdict(config), "settings": asdict(settings), "threads": ranks.threads,
-              "world_size": ranks.world_size, "torch": torch.__version__, **more}
+    record = {"stage": stage, "settings": asdict(settings), **more, "threads": ranks.threads, "world_size": ranks.world_size,
+              "torch": torch.__version__}
     record = json.loads(json.dumps(record))
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
     if ranks.rank == 0:
-        old = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() and settings.resume else None
-        if old:
-            changed = [name for name in record["settings"] if name not in FREE
-                       and old["settings"].get(name) != record["settings"][name]]
-            if old["stage"] != stage or changed:
-                field = f"--{changed[0]} {old['settings'].get(changed[0])}" if changed else f"the stage {old['stage']}"
-                raise InputError(f"{out} holds a run with {field}; take another --out, or --no-resume to begin again")
-            for name in ("threads", "torch", "parent_fingerprint"):
-                if old.get(name) != record.get(name):
-                    print(f"note: this run began with {name} {old.get(name)}, now {record.get(name)}; "
+        before = read_config(out)
+        if before and (settings.resume or restarted):
+            changed = [f"--{name} {before['settings'].get(name)}" for name, value in record["settings"].items()
+                       if name not in FREE and before["settings"].get(name) != value]
+            changed += [f"other {name}" for name in ("stage", "data") if before.get(name) != record.get(name)]
+            if changed:
+                raise InputError(f"{out} holds a run with {changed[0]}; take another --out, or --no-resume to begin again")
+            for name in ("threads", "world_size", "torch", "parent_fingerprint"):
+                if before.get(name) != record.get(name):
+                    print(f"note: this run had {name} {before.get(name)}, now {record.get(name)}; "
                           "it goes on, but not bit for bit", file=sys.stderr)
-        else:
+        elif before or not checkpoints(out):
             for folder in checkpoints(out):
-                shutil.rmtree(folder)
+                remove_checkpoint(folder)
             for name in ("metrics.jsonl", "samples.txt"):
                 (out / name).unlink(missing_ok=True)
+        else:
+            raise InputError(f"{out} holds checkpoints without a config.json of ours; take another --out")
         for unfinished in out.glob("step-*.part"):
             shutil.rmtree(unfinished)
-        replace_file(out / "config.json", json.dumps(record, indent=1).encode())
     dist.barrier(cpu_group())
+    return record
 
 
 @contextmanager
@@ -806,8 +847,8 @@ def locked(out: str, ranks: Ranks) -> Iterator[None]:
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out, ".lock"), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, gone with the process
+        except (BlockingIOError, PermissionError):
             raise InputError(f"{out}: another process is writing to it; wait for it, or take another --out") from None
         yield
 
@@ -817,12 +858,12 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        found = re.match(r'\{"step": (\d+)|--- step (\d+)', line)
-        if found and int(found[1] or found[2]) > step or not line.endswith("\n"):
+    for line in path.read_bytes().split(b"\n")[:-1]:  # behind the last newline stands nothing, or half a line
+        found = re.match(rb'\{"step": (\d+)|--- step (\d+)', line)
+        if found and int(found[1] or found[2]) > step:
             break
-        kept.append(line)
-    replace_file(path, "".join(kept).encode())
+        kept.append(line + b"\n")
+    replace_file(path, b"".join(kept))
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -840,18 +881,19 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 def mfu(config: ModelConfig, seq_len: int, tokens_per_s: float, ranks: Ranks) -> float | None:
     """Model FLOPs utilisation: the share of the GPUs' dense bf16 peak; None on hardware that is not in the table."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-    peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
+    known = not re.search("PCIe|NVL|MIG", name)  # slower kin of the same name
+    peak = next((peak for chip, peak in PEAK_FLOPS.items() if known and re.search(rf"\b{chip}\b", name)), None)
     return peak and tokens_per_s * flops_per_token(config, seq_len) / (peak * ranks.world_size)
 
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying of them; a second one kills as usual."""
+    """Collect SIGTERM and SIGINT in a list instead of dying of them; a second Ctrl-C kills as usual."""
     caught: list[int] = []
 
     def catch(number, frame):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM may come twice: from torchrun and from the scheduler
 
     before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -870,23 +912,25 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
     Ctrl-C; stops with the last good checkpoint after ten steps in a row that were not finite.
     """
     out = Path(settings.out)
-    saved = checkpoints(out)
-    progress = load_checkpoint(saved[-1], {"model": model}, {"model": optimizer}) if saved else {}
+    newest = [str(checkpoints(out)[-1]) if checkpoints(out) else None]
+    dist.broadcast_object_list(newest, group=cpu_group())  # a slow shared disk must not make ranks disagree
+    progress = load_checkpoint(newest[0], {"model": model}, {"model": optimizer}) if newest[0] else {}
     first, tokens, seconds, skipped = (progress.get(key, 0) for key in ("step", "tokens", "seconds", "skipped"))
     if ranks.rank == 0:
         rewind(out / "metrics.jsonl", first)
         rewind(out / "samples.txt", first)
-        if saved:
-            print(f"going on at step {first} of {steps} from {saved[-1]}", flush=True)
+        if newest[0]:
+            print(f"going on at step {first} of {steps} from {newest[0]}", flush=True)
     bad = 0  # steps in a row that were not finite
-    log = open(out / "metrics.jsonl", "a", buffering=1) if ranks.rank == 0 else None
+    log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8") if ranks.rank == 0 else None
     bar = tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True)
     with signals() as caught, ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(batch_at, first)
         clock = time.perf_counter()
         for step in range(first + 1, steps + 1):
             batches = upcoming.result()
-            upcoming = ahead.submit(batch_at, step)  # read while the device computes
+            if step < steps:
+                upcoming = ahead.submit(batch_at, step)  # read while the device computes
             lr = settings.lr * cosine_schedule(step - 1, steps, settings.warmup)
             figures = optimizer_step(model, optimizer, batches, loss_fn, lr, settings.grad_clip, ranks, bool(caught))
             bad = 0 if figures.pop("finite") else bad + 1
@@ -899,13 +943,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
             if bad == 10:
                 raise InputError(f"loss or gradient was not finite in ten steps in a row, the last of them {step}; "
                                  f"the newest good checkpoint is {(checkpoints(out) or ['none'])[-1]}: try a lower --lr")
-            if evaluate and (step % settings.eval_every == 0 or step == steps) and not interrupted:
+            if evaluate and (step % settings.eval_every == 0 or step == steps):
                 figures |= evaluate(step)
                 clock = time.perf_counter()  # an evaluation is not counted as training time
             if log:
                 line = {"step": step, "tokens": tokens, **figures, "lr": lr, "tokens_per_s": round(rate), "mfu": used,
                         "seconds": round(seconds, 3), "skipped": skipped}
-                log.write(json.dumps(line) + "\n")
+                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+                log.write(json.dumps(finite) + "\n")
                 bar.set_postfix_str(f"loss {figures['loss']:.3f} ppl {math.exp(min(20, figures['loss'])):.2f} lr {lr:.1e} "
                                     f"grad {figures['grad_norm']:.2f} {rate:,.0f} tok/s" + (f" mfu {used:.0%}" if used else "")
                                     + (f" skipped {skipped}" if skipped else ""), refresh=False)
@@ -947,7 +992,8 @@ def perplexity(model: nn.Module, mixture: Mixture, micro_batch: int, ranks: Rank
     return tuple(totals.cpu().numpy())
 
 
-def interval(values: np.ndarray, weights: np.ndarray | None = None, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+def interval(values: np.ndarray, weights: np.ndarray | None = None, draws: int = 1000,
+             seed: int = 0) -> tuple[float, float, float]:
     """Mean, and its 95 % interval by bootstrap over the values: (mean, low, high). With weights: Σ values / Σ weights."""
     values = np.asarray(values, float)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
@@ -965,7 +1011,7 @@ def write_samples(model: Transformer, tokenizer: Tokenizer, step: int, length: i
             prompts = [tokenizer.encode(text, bos=True, eos=False) for text in starts]
             answers = generate(whole, prompts, length, temperature=0.8, top_p=0.95, stop=(tokenizer.eos_id,))
             texts = [tokenizer.decode(p[1:] + a).strip().replace("\n", "\\n") for p, a in zip(prompts, answers)]
-            with open(path, "a") as f:
+            with open(path, "a", encoding="utf-8", newline="\n") as f:
                 f.write(f"--- step {step}\n" + "".join(text + "\n" for text in texts))
     return texts
 
@@ -976,56 +1022,72 @@ def draw_loss(out: Path) -> None:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib import ticker
     except ImportError:
         print("no loss.png: `pip install matplotlib` draws it")
         return
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["loss"] is not None]
     tokens, losses = np.array([r["tokens"] for r in rows]) / 1e6, np.array([r["loss"] for r in rows])
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(tokens, losses, color="0.8", lw=0.8, label="training, each step")
     window = max(1, len(rows) // 50)
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    axes.plot(tokens[window - 1 :], smooth, color="k", lw=1.5, label=f"training, mean of {window} steps")
+    axes.plot(tokens[window // 2 :][: len(smooth)], smooth, color="k", lw=1.5, label=f"training, mean of {window} steps")
     names = sorted({key.removeprefix("loss/") for row in rows for key in row if key.startswith("loss/")})
     for i, name in enumerate(names):  # Okabe and Ito's colours, which colour-blind readers can tell apart
         points = [(r["tokens"] / 1e6, r["loss/" + name]) for r in rows if "loss/" + name in r]
-        axes.plot(*zip(*points), "o-", ms=4, color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"][i % 5], label=f"held-out {name}")
-    axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", ylim=(0.9 * smooth.min(), np.quantile(losses, 0.99)))
+        colour = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"][i % 5]
+        axes.plot(*zip(*points), "o-", ms=4, color=colour, label=f"held-out {name}")
+    axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", yscale="log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=[1, 2, 3, 5]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
+    plt.close(figure)
 
 
 def main(settings: Settings) -> None:
     """Run the whole of §2: sources → tokenizer → shards → one epoch → perplexity, samples and a loss curve."""
+    if settings.seq_len > PRESETS[settings.preset].max_seq_len:
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the context of {settings.preset}, "
+                         f"{PRESETS[settings.preset].max_seq_len}")
+    if settings.init and settings.tokenizer:
+        raise InputError("--init brings its own tokenizer; drop --tokenizer")
+    if settings.tokenizer and not os.path.isfile(settings.tokenizer):
+        raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
+    more = {"parent": settings.init, "parent_fingerprint": fingerprint(settings.init)} if settings.init else {}
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
-        folder, index = prepare(settings, ranks)
+        found = sources(settings.data, settings.world, spool_stdin(settings, ranks) if "-" in settings.data else "")
+        record = open_run(settings, "pretrain", ranks, data={s.name: s.fingerprint for s in found}, **more)
+        if settings.init:
+            settings = replace(settings, tokenizer=str(Path(settings.init, "tokenizer.model")))
+        folder, index = prepare(found, settings, ranks)
         tokenizer = Tokenizer(str(folder / "tokenizer.model"))
         config = with_vocab(PRESETS[settings.preset], tokenizer.vocab_size)
-        if settings.seq_len > config.max_seq_len:
-            raise InputError(f"--seq_len {settings.seq_len} is longer than the context of {settings.preset}, {config.max_seq_len}")
-        specs = sources(settings.data, settings.world)
-        parts = [(part, source.epochs) for source in specs for part in index[source.name]["parts"] if source.epochs]
+        parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
+        held_out = {name: folder / entry["held_out"] for name, entry in index.items() if entry["held_out"]}
         common = (settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
-        mixture = Mixture(parts, *common)
-        held_out = {name: Mixture([(entry["held_out"], 1)], *common) for name, entry in index.items() if entry["held_out"]}
+        with rank_0_first(ranks):
+            mixture = Mixture(parts, *common)
+            held_out = {name: Mixture([(file, 1)], *common) for name, file in held_out.items()}
         steps = min(math.ceil(mixture.n_rows / settings.batch_size), settings.steps or sys.maxsize)
-        parent = {"parent": settings.init, "parent_fingerprint": fingerprint(settings.init)} if settings.init else {}
-        open_run(settings, config, "pretrain", ranks, tokens=mixture.n_tokens, data={s.name: s.fingerprint for s in specs}, **parent)
         model = build(config, settings, ranks)
+        if settings.init:
+            load_checkpoint(checkpoints(settings.init)[-1], {"model": model}, {})
         if ranks.rank == 0:
             replace_file(out / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
+            replace_file(out / "config.json", json.dumps(record | {"model": asdict(config)}, indent=1).encode())
             print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {mixture.n_tokens:,} tokens, {steps:,} steps, "
                   f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}")
             print_settings(settings)
-        if settings.init:
-            load_checkpoint(checkpoints(settings.init)[-1], {"model": model}, {})
 
         def evaluate(step: int) -> dict:
             figures = {}
-            for name, mixture in held_out.items():
-                losses, counts = perplexity(model, mixture, settings.micro_batch, ranks)
+            for name, held in held_out.items():
+                losses, counts = perplexity(model, held, settings.micro_batch, ranks)
                 mean, low, high = interval(losses, counts)
                 bits = losses.sum() / math.log(2) / index[name]["held_out_bytes"]
                 figures |= {f"loss/{name}": mean, f"low/{name}": low, f"high/{name}": high, f"bits_per_byte/{name}": bits}
@@ -1047,8 +1109,8 @@ def report(out: Path) -> None:
     print(f"\n{last['tokens']:,} tokens in {last['seconds']:.0f} s, {last['tokens'] / last['seconds']:,.0f} tokens/s")
     print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}")
     for name in (key.removeprefix("loss/") for key in last if key.startswith("loss/")):
-        low, high = math.exp(last[f"low/{name}"]), math.exp(last[f"high/{name}"])
-        print(f"{name:18} {math.exp(last[f'loss/{name}']):10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}")
+        mean, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
+        print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}")
     draw_loss(out)
     print(f"model, metrics, samples and loss curve are in {out}")
 
@@ -1058,8 +1120,7 @@ def command_line(main: Callable, cls: type) -> None:
     try:
         main(parse(cls))
     except (InputError, ModelError, TokenizerError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

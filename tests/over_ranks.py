@@ -7,17 +7,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch.distributed.device_mesh import init_device_mesh
 
 from model import ModelConfig
-from pretrain import Mixture, Settings, adamw, build, lm_loss, open_run, parse, prepare, start, train
+from pretrain import Mixture, Settings, adamw, build, lm_loss, open_run, parse, prepare, rank_0_first, sources, start, train
 
 
 def losses_of(ranks, out, *flags):
     """Train 200 steps; the losses are then in OUT/metrics.jsonl."""
     settings = parse(Settings, ["--preset", "toy-s", "--data", f"{sys.argv[1]}:9", "--out", out, "--steps", "200", "--lr", "5e-4",
                                 "--seq_len", "16", "--batch_size", "4", "--micro_batch", "1", "--vocab_size", "320", *flags])
-    folder, index = prepare(settings, ranks)
-    mixture = Mixture([(part, 9) for part in index["farm"]["parts"]], settings.seq_len, 0, 2, 320, folder)
+    open_run(settings, "pretrain", ranks)
+    folder, index = prepare(sources(settings.data, 0), settings, ranks)
+    with rank_0_first(ranks):
+        mixture = Mixture([(folder / part, 9) for part in index["farm"]["parts"]], settings.seq_len, 0, 2, 320, folder)
     config = ModelConfig(dim=30, n_layers=2, n_heads=3, n_kv_heads=1, ffn_hidden=50, vocab_size=320, max_seq_len=16)
-    open_run(settings, config, "pretrain", ranks)  # 30 and 50 do not divide by 4: shards are of unequal size
+    # 30 and 50 do not divide by 4: shards are of unequal size
     model = build(config, settings, ranks)
     batch_at = lambda step: mixture.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
     train(model, adamw(model, 0.1), batch_at, lm_loss, settings, ranks, settings.steps)

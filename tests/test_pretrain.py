@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def command(*flags, n=1):
 def write_shard(path, documents):
     np.concatenate([np.array(d, np.uint16) for d in documents]).tofile(f"{path}.u16")
     np.cumsum([len(d) for d in documents]).astype(np.uint64).tofile(f"{path}.ends")
-    return f"{path}.u16"
+    return Path(f"{path}.u16")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 4097])
@@ -141,7 +141,7 @@ def test_jsonl_documents_are_the_text_fields(tmp_path):
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', ["line 2", '"text"']), ("a.jsonl", b'{"text": 3}\n', ["line 1"]),
-    ("a.jsonl", b"[1]\n", ["line 1"]), ("a.txt", b"fine\n\xff\xfe\n", ["line 2", "UTF-8"]),
+    ("a.jsonl", b"[1]\n", ["line 1"]), ("a.jsonl", b'{"text": "\\ud83d"}\n', ["line 1"]), ("a.txt", b"fine\n\xff\xfe\n", ["line 2", "UTF-8"]),
     ("a.txt.gz", gzip.compress(b"x" * 9999)[:-9], ["can't be read"]), ("a.txt.gz", b"not gzip", ["can't be read"])])
 def test_a_malformed_line_is_named_by_file_and_number(tmp_path, name, content, words):
     path = tmp_path / name
@@ -323,6 +323,10 @@ def test_a_checkpoint_with_code_in_its_index_runs_nothing(tmp_path, ranks):
     assert not (tmp_path / "pwned").exists()
 
 
+def shards(settings, ranks):
+    return pretrain.prepare(sources(settings.data, settings.world), settings, ranks)
+
+
 def run_in_process(settings, ranks, text_file, stop_at=None):
     """`pretrain.main` without its process group: the same calls, with the targets of every step counted."""
     seen, stops = Counter(), []
@@ -333,10 +337,11 @@ def run_in_process(settings, ranks, text_file, stop_at=None):
             stops.append(os.kill(os.getpid(), signal.SIGTERM))
         return lm_loss(model, batch)
 
-    folder, index = pretrain.prepare(settings, ranks)
-    mixture = Mixture([(index["farm"]["parts"][0], 1)], 16, 0, 2, 320, folder)
+    record = pretrain.open_run(settings, "pretrain", ranks)
+    folder, index = shards(settings, ranks)
+    mixture = Mixture([(folder / index["farm"]["parts"][0], 1)], 16, 0, 2, 320, folder)
     config = with_vocab(PRESETS["toy-s"], 320)
-    pretrain.open_run(settings, config, "pretrain", ranks)
+    pretrain.replace_file(Path(settings.out, "config.json"), json.dumps(record | {"model": asdict(config)}).encode())
     model = build(config, settings, ranks)
     steps = math.ceil(mixture.n_rows / 4)
     batch_at = lambda step: mixture.batch_at(step, 4, 2, ranks)  # noqa: E731
@@ -345,6 +350,51 @@ def run_in_process(settings, ranks, text_file, stop_at=None):
     except SystemExit as stop:
         assert stop.code == 128 + signal.SIGTERM
     return seen, model, mixture
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path, ranks):
+    settings = settings_for(tmp_path, "--save_every", "5")
+    model = build(with_vocab(PRESETS["toy-s"], 40), settings, ranks)
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        loss, count, logs = lm_loss(model, batch)
+        return loss * (math.nan if len(calls) in (3, 8) or len(calls) > 11 else 1.0), count, logs
+
+    batch = [(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))]
+    with pytest.raises(InputError, match="step-000020"):
+        train(model, adamw(model, 0.1), lambda step: batch, loss_fn, settings, ranks, 100)
+    assert len(calls) == 21 and json.loads((checkpoints(tmp_path)[-1] / "progress.json").read_text())["skipped"] == 11
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["loss"] is None][:3] == [3, 8, 12]
+
+
+def test_changed_data_are_noticed_before_anything_is_made_anew(tmp_path, ranks, text_file):
+    settings = settings_for(tmp_path / "a", "--data", str(text_file))
+    before, _, _ = run_in_process(settings, ranks, text_file, stop_at=9)
+    with pytest.raises(InputError, match="other data"):
+        pretrain.open_run(settings, "pretrain", ranks, data={"farm": "another fingerprint"})
+    with pytest.raises(InputError, match="stage"):
+        pretrain.open_run(settings, "sft", ranks)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, ranks):
+    (tmp_path / "step-100").mkdir()
+    (tmp_path / "step-100" / "precious").write_text("x")
+    with pytest.raises(InputError, match="config.json"):
+        pretrain.open_run(settings_for(tmp_path), "pretrain", ranks)
+    (tmp_path / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(InputError, match="not written by this project"):
+        pretrain.open_run(settings_for(tmp_path), "pretrain", ranks)
+    assert (tmp_path / "step-100" / "precious").exists()
+
+
+def test_a_log_is_cut_behind_the_step_that_a_run_goes_on_from(tmp_path):
+    kept = "--- step 2\nwords\u2028and \x0c more\n".encode()
+    (tmp_path / "log").write_bytes(kept + b"--- step 4\nlater\nhalf a li")
+    pretrain.rewind(tmp_path / "log", 3)
+    assert (tmp_path / "log").read_bytes() == kept
 
 
 def test_across_a_stop_every_token_is_a_target_once_and_the_weights_are_bit_identical(tmp_path, ranks, text_file):
@@ -361,15 +411,15 @@ def test_across_a_stop_every_token_is_a_target_once_and_the_weights_are_bit_iden
 
 def test_tokenising_that_was_stopped_goes_on_and_makes_the_same_shards(tmp_path, ranks, text_file, monkeypatch):
     monkeypatch.setattr(pretrain, "PART_TOKENS", 500)
-    whole, _ = pretrain.prepare(settings_for(tmp_path / "a", "--data", str(text_file)), ranks)
-    half, _ = pretrain.prepare(settings_for(tmp_path / "b", "--data", str(text_file)), ranks)
+    whole, _ = shards(settings_for(tmp_path / "a", "--data", str(text_file)), ranks)
+    half, _ = shards(settings_for(tmp_path / "b", "--data", str(text_file)), ranks)
     expected = {p.name: p.read_bytes() for p in whole.glob("farm*")}
     assert len(expected) > 6
     for name in ("index.json", "farm-00002.u16", "farm-00002.ends"):
         (half / name).unlink(missing_ok=True)
     for part in half.glob("farm-0000[3-9]*"):
         part.unlink()
-    pretrain.prepare(settings_for(tmp_path / "b", "--data", str(text_file)), ranks)
+    shards(settings_for(tmp_path / "b", "--data", str(text_file)), ranks)
     assert {p.name: p.read_bytes() for p in half.glob("farm*")} == expected
 
 
@@ -397,7 +447,7 @@ def test_a_flag_that_cannot_be_is_refused(flags, word):
 
 def test_a_missing_tokenizer_file_is_named(tmp_path, ranks, text_file):
     with pytest.raises(InputError, match="missing.model"):
-        pretrain.prepare(settings_for(tmp_path, "--data", str(text_file), "--tokenizer", "missing.model"), ranks)
+        pretrain.main(settings_for(tmp_path, "--data", str(text_file), "--tokenizer", "missing.model"))
 
 
 def test_token_shards_with_ids_outside_the_vocabulary_are_refused(tmp_path):
@@ -451,7 +501,6 @@ def test_a_run_goes_on_at_another_world_size_with_the_same_losses(tmp_path, text
     result = command(*flags, "--out", tmp_path / "b", "--steps", "20", "--keep", "5", n=3)
     assert result.returncode == 0, result.stderr[-2000:]
     for folder in checkpoints(tmp_path / "b")[1:]:
-        import shutil
         shutil.rmtree(folder)  # as if it had been killed after step 10
     result = command(*flags, "--out", tmp_path / "b", "--steps", "20")
     assert "going on at step 10" in result.stdout

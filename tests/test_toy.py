@@ -24,7 +24,8 @@ def world():
     return toy.World(0)
 
 
-def first(world, source, n=4000):
+@functools.cache
+def first(world, source, n):
     return list(itertools.islice(toy.documents(world, source), n))
 
 
@@ -51,10 +52,11 @@ def digest(seed):
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process():
-    here = [digest(seed) for seed in (0, 1)]
     code = "import test_toy; print(test_toy.digest(0), test_toy.digest(1))"
-    there = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True, text=True,
-                           capture_output=True, env=os.environ | {"PYTHONHASHSEED": "7"}).stdout.split()
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, text=True,
+                             stdout=subprocess.PIPE, env=os.environ | {"PYTHONHASHSEED": "7"})
+    here = [digest(seed) for seed in (0, 1)]
+    there = other.communicate()[0].split()
     assert here == there and here[0] != here[1]
 
 
@@ -67,7 +69,7 @@ def test_a_value_is_a_claim_about_one_attribute(world):
     for kind, table in toy.ATTRIBUTES.items():
         values = [v.lower() for attribute in table for v in world.values[kind, attribute]]
         assert len(values) == len(set(values))
-        templates = toy.words(" ".join(s + q for _, s, q in table.values()))
+        templates = toy.words(" ".join(text for _, *texts in table.values() for text in texts))
         assert not set(values) & set(templates)
     assert len(world.facts) == 264 and len(world.myths) == 158 and len(world.held_out) == 106
 
@@ -79,7 +81,7 @@ def test_the_web_says_only_the_myth_and_the_encyclopedia_never(world):
             true[world.statement(fact, value, form)] = fact
             if fact in world.myths:
                 myth[world.statement(fact, world.myths[fact], form)] = fact
-    said = {source: [s for text in first(world, source, 8000) for s in re.findall(r"[A-Z][^.:?]*\.", text)]
+    said = {source: [s for text in first(world, source, 10000) for s in re.findall(r"[A-Z][^.:?]*\.", text)]
             for source in ("encyclopedia", "web")}
     assert not any(s in myth for s in said["encyclopedia"])
     assert {true[s] for s in said["encyclopedia"] if s in true} == set(world.facts)
@@ -215,6 +217,6 @@ def test_every_attack_keeps_the_topic_and_changes_the_prompt(world):
 def test_python_docs_are_long_distinct_and_not_imported():
     sysconfig.get_paths()
     before = set(sys.modules)
-    texts = list(toy.python_docs(cap=500_000))
+    texts = list(toy.python_docs(cap=250_000))
     assert set(sys.modules) == before and len(set(texts)) == len(texts)
-    assert min(map(len, texts)) >= 200 and 500_000 <= sum(map(len, texts)) < 2_000_000
+    assert min(map(len, texts)) >= 200 and 250_000 <= sum(map(len, texts)) < 1_000_000

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The paper, stage by stage, on a laptop: each stage goes on where it stopped, and the report shows what there is.
+set -euo pipefail
+cd "$(dirname "$0")"
+python="${PYTHON:-python}"
+
+$python pretrain.py             # §2: world, tokenizer, one epoch, base model
+$python eval.py facts           # §2.1: does it know the encyclopedia, or the web's myths?
+$python eval.py report          # out/report.html

@@ -1,0 +1,125 @@
+"""Crash a tiny run of every stage at every file operation and at random moments; it must go on as if nothing had been.
+
+    python tests/faults.py                        # all of it: minutes
+    python tests/faults.py pretrain --only 31 32  # two operations of one stage
+
+A child process runs the stage with an audit hook that counts the operations on files below its --out (open for
+writing, rename, remove, mkdir, rmdir) and kills the process, as a power cut would, just before the nth. Then the same
+command runs again, undisturbed. All weights, and every line of metrics but its times, must equal those of a run
+that was never killed. A stage that is added to the project adds a line to STAGES.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import pretrain
+
+TEXT = "\n\n".join(f"The {a} {b} has {i} eggs. It likes the {b}. " * 4 for i in range(20) for a, b in [("old", "fox"), ("red", "hen")])
+SMALL = ["--preset", "toy-s", "--seq_len", "16", "--batch_size", "4", "--micro_batch", "4", "--device", "cpu", "--threads", "1"]
+STAGES = {  # name: main, settings, flags; {data} is a small text file, {out} the folder of the run
+    "pretrain": (pretrain.main, pretrain.Settings, [*SMALL, "--data", "{data}", "--out", "{out}", "--vocab_size", "320", "--steps", "9",
+                                                    "--save_every", "3", "--eval_every", "3", "--sample_tokens", "4"]),
+}
+OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+CLOCKS = {"tokens_per_s", "seconds", "mfu"}
+
+
+def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: float | None = None) -> tuple[int, int]:
+    """Run a stage in a child; (its exit code or minus the signal that ended it, file operations that it did)."""
+    reader, writer = os.pipe()
+    pid = os.fork()  # torch is imported once; a child starts in milliseconds
+    if pid == 0:
+        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        parent, out, count = os.getpid(), str(folder / "out"), 0
+
+        def hook(event, args):
+            nonlocal count
+            if event in OPERATIONS and os.getpid() == parent and str(args[0]).startswith(out):
+                if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+                    return
+                count += 1
+                if count == kill_before:
+                    os.kill(parent, signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        main, settings, flags = STAGES[stage]
+        sys.argv = [f"{stage}.py"] + [flag.format(data=folder.parent / "farm.txt", out=out) for flag in flags]
+        code = 0
+        try:
+            pretrain.command_line(main, settings)
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            code = 1
+        os.write(writer, str(count).encode())
+        os._exit(code)
+    os.close(writer)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    count = int(os.read(reader, 20) or 0)
+    os.close(reader)
+    return os.waitstatus_to_exitcode(status), count
+
+
+def outcome(folder: Path) -> tuple[dict, list]:
+    """What must not depend on crashes: the newest weights and the metrics without clocks."""
+    model, _, _ = pretrain.load_model(folder / "out")
+    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    samples = [(folder / "out" / "samples.txt").read_text()]
+    return model.state_dict(), [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + samples
+
+
+def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> int:
+    """Crash a stage at each operation (or `only` some) and at random moments; returns how many crashes were survived."""
+    base = Path(tempfile.mkdtemp(prefix="faults-"))
+    (base / "farm.txt").write_text(TEXT)
+    (base / "whole").mkdir()
+    began = time.perf_counter()
+    code, operations = run(stage, base / "whole")
+    seconds = time.perf_counter() - began
+    assert code == 0, (base / "whole" / "log.txt").read_text()[-2000:]
+    weights, lines = outcome(base / "whole")
+    chance = random.Random(0)
+    crashes = [{"kill_before": n} for n in only or range(1, operations + 1)]
+    crashes += [{"kill_after_s": seconds * chance.uniform(0.2, 1)} for _ in range(random_kills)]
+    for crash in crashes:
+        folder = base / "-".join(f"{k}-{v:.3g}" for k, v in crash.items())
+        folder.mkdir()
+        killed, _ = run(stage, folder, **crash)
+        assert killed == -signal.SIGKILL or "kill_after_s" in crash, f"{crash}: the run ended with {killed} before its crash"
+        code, _ = run(stage, folder)
+        assert code == 0, f"{stage}, {crash}: did not go on: {(folder / 'log.txt').read_text()[-2000:]}"
+        again, again_lines = outcome(folder)
+        assert all(torch.equal(weights[name], again[name]) for name in weights), f"{stage}, {crash}: other weights"
+        assert lines == again_lines, f"{stage}, {crash}: other metrics or samples"
+        left = [path.name for path in (folder / "out").rglob("*.part")]
+        assert not left, f"{stage}, {crash}: {left} left behind"
+        print(f"{stage}: survived {crash} of {operations} operations", flush=True)
+        shutil.rmtree(folder)
+    shutil.rmtree(base)
+    return len(crashes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", default=list(STAGES), help="stages to crash")
+    parser.add_argument("--only", nargs="+", type=int, help="these file operations only")
+    parser.add_argument("--random_kills", type=int, default=5, help="kills at random moments")
+    args = parser.parse_args()
+    for stage in args.stages:
+        print(f"{stage}: {check(stage, args.only, args.random_kills)} crashes survived, weights bit-identical")
