@@ -153,8 +153,8 @@ def pretrain_section(run: Path) -> str:
              f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>"]
     if (run / "loss.png").exists():
         image = base64.b64encode((run / "loss.png").read_bytes()).decode()
-        parts.append("<p>The held-out losses should fall with the training loss and end beside it: every document was read "
-                     f"about once.</p><img alt='loss against tokens' src='data:image/png;base64,{image}'>")
+        parts.append("<p>The held-out losses should fall with the training loss: nothing is read often enough to be learnt "
+                     f"by heart.</p><img alt='loss against tokens' src='data:image/png;base64,{image}'>")
     names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
     rows = []
     for name in names:

@@ -27,7 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
@@ -128,8 +128,9 @@ def parse(cls: type, argv: list[str] | None = None):
         meaning, paper = texts[field.name]
         toy_value = cls.BY_PRESET.get("toy", {}).get(field.name)
         default = f"by preset; toy {toy_value}" if toy_value is not None else field.default
-        shown = f"{meaning} ({'' if default in (None, '') else f'default {default}'}{'; paper ' + paper if paper else ''})"
-        options = {"default": field.default, "help": shown.replace("(; ", "(").replace(" ()", "").replace("%", "%%")}
+        notes = [f"default {default}"] * (default not in (None, "")) + [f"paper {paper}"] * bool(paper)
+        text = f"{meaning} ({'; '.join(notes)})" if notes else meaning
+        options = {"default": field.default, "help": text.replace("%", "%%")}
         if field.type in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         elif field.type == tuple[str, ...]:
@@ -285,7 +286,8 @@ def sources(specs: Iterable[str], world_seed: int, stdin: str = "") -> list[Sour
         if not colon or not re.fullmatch(r"\d+\.?\d*|\.\d+", epochs):
             pattern, epochs = spec, "1"
         name, equals, rest = pattern.partition("=")
-        name, pattern = (name, rest) if equals else (re.sub(r"\W+", "-", Path(pattern).name.split(".")[0]) or "data", pattern)
+        stem = "stdin" if pattern == "-" else re.sub(r"\W+", "-", Path(pattern).name.split(".")[0]) or "data"
+        name, pattern = (name, rest) if equals else (stem, pattern)
         if not re.fullmatch(r"[\w-]+", name):
             raise InputError(f"--data {spec}: the name {name!r} may hold letters, digits, - and _ only")
         if pattern.startswith("toy/"):
@@ -319,10 +321,11 @@ def tiny_world(seed: int):
 
 
 def spool_stdin(settings, ranks: Ranks) -> str:
-    """Keep standard input, which can be read but once, as a file of the run; return its path."""
+    """Keep standard input, which can be read but once, as a file of the run, if a source is `-`; return its path."""
     path = Path(settings.out, "data", "stdin.txt")
+    wanted = any(re.fullmatch(r"([\w-]+=)?-(:[\d.]+)?", spec) for spec in settings.data)
     with rank_0_first(ranks):
-        if ranks.rank == 0 and not (path.exists() and settings.resume):
+        if wanted and ranks.rank == 0 and not (path.exists() and settings.resume):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path.with_suffix(".part"), "wb") as f:
                 shutil.copyfileobj(sys.stdin.buffer, f)
@@ -445,8 +448,9 @@ def tokenize(source: Source, folder: Path) -> dict:
     chunks = iter(lambda: list(islice(documents, 512)), [])
     windows = iter(lambda: list(islice(chunks, 4 * cores())), [])  # so much text is in memory at once, not more
     taken = size = 0  # documents for training so far; tokens of the shard that is being filled
-    with multiprocessing.get_context("fork").Pool(cores(), load_tokenizer, (folder / "tokenizer.model", dtype)) as pool:
-        encoded = (document for window in windows for chunk in pool.imap(encode_documents, window) for document in chunk)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(cores(), fork, load_tokenizer, (folder / "tokenizer.model", dtype)) as pool:
+        encoded = (document for window in windows for chunk in pool.map(encode_documents, window) for document in chunk)
         for seen, (ids, n_bytes) in enumerate(tqdm(encoded, desc=f"tokenising {source.name}", unit=" documents"), 1):
             room = len(held_out) < HELD_OUT_DOCUMENTS and held_out_tokens < HELD_OUT_TOKENS
             if seen % HELD_OUT_EVERY == 0 and room:
@@ -1060,7 +1064,7 @@ def main(settings: Settings) -> None:
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
-        found = sources(settings.data, settings.world, spool_stdin(settings, ranks) if "-" in settings.data else "")
+        found = sources(settings.data, settings.world, spool_stdin(settings, ranks))
         record = open_run(settings, "pretrain", ranks, data={s.name: s.fingerprint for s in found}, **more)
         if settings.init:
             settings = replace(settings, tokenizer=str(Path(settings.init, "tokenizer.model")))
@@ -1107,8 +1111,12 @@ def report(out: Path) -> None:
     """Print the end of a run as a table: tokens, speed, and each source's held-out perplexity with its interval."""
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     print(f"\n{last['tokens']:,} tokens in {last['seconds']:.0f} s, {last['tokens'] / last['seconds']:,.0f} tokens/s")
-    print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}")
-    for name in (key.removeprefix("loss/") for key in last if key.startswith("loss/")):
+    names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
+    if names:
+        print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}")
+    else:
+        print(f"nothing is held out: no source has {HELD_OUT_EVERY} documents")
+    for name in names:
         mean, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
         print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}")
     draw_loss(out)
@@ -1122,6 +1130,9 @@ def command_line(main: Callable, cls: type) -> None:
     except (InputError, ModelError, TokenizerError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

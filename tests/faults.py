@@ -46,7 +46,8 @@ def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: 
 
         def hook(event, args):
             nonlocal count
-            if event in OPERATIONS and os.getpid() == parent and str(args[0]).startswith(out):
+            below = event in OPERATIONS and (str(args[0]).startswith(out) or event in {"os.remove", "os.rmdir"} and args[-1] != -1)
+            if below and os.getpid() == parent:  # rmtree names files relative to an open folder
                 if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
                     return
                 count += 1
