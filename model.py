@@ -271,11 +271,10 @@ class KVCache:
     all rows at once. A short prompt so leaves a gap of columns, which the mask hides; positions ignore it.
     """
 
-    def __init__(self, config: ModelConfig, lengths: Tensor, columns: int, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, lengths: Tensor, columns: int):
         """lengths: (batch,) tokens of each prompt. columns: room for the longest prompt and all new tokens."""
-        shape = (config.n_layers, 2, len(lengths), config.n_kv_heads, columns, config.head_dim)
-        self.memory = torch.empty(shape, dtype=dtype, device=lengths.device)
-        self.max_seq_len = config.max_seq_len
+        self.n_layers, self.columns, self.max_seq_len = config.n_layers, columns, config.max_seq_len
+        self.memory = None  # (n_layers, 2, batch, n_kv_heads, columns, head_dim) from the first keys on
         self.lengths = lengths  # (batch,) tokens read so far
         self.used = 0  # columns that are filled
         width = int(lengths.max())
@@ -283,7 +282,7 @@ class KVCache:
         if int(lengths.min()) < width:
             column = torch.arange(columns, device=lengths.device)
             gap = (column >= lengths[:, None]) & (column < width)  # (batch, columns)
-            self.hidden = torch.zeros(gap.shape, dtype=dtype, device=gap.device).masked_fill_(gap, -math.inf)[:, None, None]
+            self.hidden = torch.zeros(gap.shape, device=gap.device).masked_fill_(gap, -math.inf)[:, None, None]
 
     def positions(self, seq: int) -> Tensor:
         """(1, seq) while the prompts are read; (batch, 1) afterwards, held at the last one for rows that are full."""
@@ -297,6 +296,10 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (batch, n_kv_heads, seq, head_dim) of the new columns; return all columns so far."""
+        if self.memory is None:
+            batch, heads, _, head_dim = k.shape
+            self.memory = k.new_empty(self.n_layers, 2, batch, heads, self.columns, head_dim)
+            self.hidden = None if self.hidden is None else self.hidden.to(k.dtype)
         keys, values = self.memory[layer]
         end = self.used + k.shape[2]
         keys[:, :, self.used : end] = k
@@ -426,7 +429,7 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
     results = [Sample([], []) for _ in room]
     alive = list(range(len(results)))  # results[alive[j]] is what row j of the batch writes
 
-    cache = KVCache(model.config, lengths, width + steps, model.tok_embeddings.weight.dtype)
+    cache = KVCache(model.config, lengths, width + steps)
     logits = model(padded, cache=cache)  # (prompts, vocab)
     if n_samples > 1:
         copies = torch.arange(len(prompts), device=device).repeat_interleave(n_samples)

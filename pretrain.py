@@ -575,13 +575,14 @@ class Mixture:
         while at < end:
             doc_end, number = self.order[place].tolist()
             part = int(np.searchsorted(self.first, number, side="right")) - 1
-            stop = int(self.doc_ends[part][number - self.first[part]]) - (doc_end - min(end, doc_end))
-            piece = self.tokens[part][stop - (min(end, doc_end) - at) : stop]
-            if piece.max() >= self.vocab_size:
+            shard_end = int(self.doc_ends[part][number - self.first[part]])  # where the document ends in its shard
+            stop = min(end, doc_end)
+            piece = self.tokens[part][shard_end - (doc_end - at) : shard_end - (doc_end - stop)]
+            if piece.max(initial=0) >= self.vocab_size:
                 raise InputError(f"{self.files[part]}: holds the token id {piece.max()}, outside the vocabulary of "
                                  f"{self.vocab_size}; was it made with another tokenizer?")
-            row[at - begin : at - begin + len(piece)] = piece
-            at, place = at + len(piece), place + 1
+            row[at - begin : stop - begin] = piece
+            at, place = stop, place + 1
         return row
 
     def batch(self, rows: range, total: int) -> tuple[Tensor, Tensor]:

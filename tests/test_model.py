@@ -180,6 +180,12 @@ def test_a_sample_does_not_depend_on_the_batch_it_was_drawn_in(batch_size):
     assert together == alone
 
 
+def test_in_bf16_the_first_token_of_a_ragged_batch_is_that_of_the_plain_loop():
+    model = loud().bfloat16()
+    found = generate(model, PROMPTS, 6, 0)
+    assert [draw_without_cache(model, prompt, 6, 0, 1.0, 0, 0, 0)[0][0] for prompt in PROMPTS] == [tokens[0] for tokens in found]
+
+
 def test_stopping_cuts_a_sample_and_changes_nothing_before():
     model = loud()
     prompts = PROMPTS * 4
@@ -251,7 +257,7 @@ def test_a_weight_depends_on_its_name_and_the_seed_alone():
 
 
 def test_the_cache_keeps_the_rows_that_it_is_told_to_keep():
-    cache = KVCache(TINY, torch.tensor([2, 3]), 5, torch.float32)
+    cache = KVCache(TINY, torch.tensor([2, 3]), 5)
     k = torch.randn(2, 2, 3, 8)
     for layer in range(2):
         cache.append(layer, k, -k)

@@ -265,8 +265,11 @@ def test_perplexity_equals_a_plain_loop_over_the_rows(tmp_path, ranks):
 def test_gathered_weights_are_the_weights_and_training_goes_on_after(ranks):
     config = with_vocab(PRESETS["toy-s"], 40)
     model, plain = build(config, settings_for("unused"), ranks), Transformer(config)
+    expected = generate(plain, [[1, 2], [3]], 8, 1.0, 1.0)
     with gathered(model) as whole:
-        assert generate(whole, [[1, 2]], 8, 1.0, 1.0) == generate(plain, [[1, 2]], 8, 1.0, 1.0)
+        assert generate(whole, [[1, 2], [3]], 8, 1.0, 1.0) == expected
+    assert generate(model, [[1, 2], [3]], 8, 1.0, 1.0) == expected  # sharded, too, if all ranks draw equally many
+    model.reshard()
     batch = [(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))]
     optimizer = adamw(model, 0.1)
     assert optimizer_step(model, optimizer, batch, lm_loss, 1e-3, 1.0, ranks)["finite"]
