@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import toy
-from eval import by_fact, continuation_log_probs, encode_pair, know
+from eval import by_fact, continuation_log_probs, encode_pair, interval_of_runs, know
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -71,6 +71,14 @@ def test_p_true_is_the_share_of_the_true_answer_among_true_and_myth(model, token
 def test_means_over_the_forms_of_a_fact_are_taken_fact_by_fact():
     rows = [{"fact": ["a", "x"], "p_true": p} for p in (0.0, 0.5, 1.0)] + [{"fact": ["b", "x"], "p_true": 0.2}, {"fact": ["c", "x"], "p_true": None}]
     assert np.allclose(by_fact(rows, "p_true"), [0.5, 0.2])
+
+
+def test_the_interval_of_runs_is_wide_when_runs_differ_and_narrow_when_only_facts_are_many():
+    facts = np.random.default_rng(1).normal(size=200) * 0.1
+    low, high = interval_of_runs(np.stack([0.2 + facts, 0.5 + facts, 0.8 + facts]))
+    assert low < 0.3 and high > 0.7
+    low, high = interval_of_runs(np.stack([0.5 + facts] * 3))
+    assert high - low < 4 * 2 * 0.1 / 200**0.5
 
 
 def run(*command):
