@@ -46,7 +46,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import toy
-from model import IGNORE, PRESETS, ModelConfig, ModelError, Transformer, generate, initial_weight, with_vocab
+from model import (IGNORE, PRESETS, ModelConfig, ModelError, Transformer, generate, initial_weight, read_any,
+                   with_vocab)
 from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -87,7 +88,7 @@ class Settings(Common):
     """Pretrain a Llama 2 on raw text, one epoch over a mixture of sources (§2)."""
     out: str = "out/pretrain"  # folder of this run; started again, it goes on where it stopped
     data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of .txt, .jsonl (.gz) or token shards; `toy`, `toy/web:0.5`, `docs`
-    init: str = ""  # start from the weights of this run
+    init: str = ""  # start from these weights: a run of ours, Meta's release or a Hugging Face folder
     tokenizer: str = ""  # tokenizer.model to use; else one is trained on the data
     vocab_size: int | None = None  # pieces of a tokenizer that is trained here | 32000
     world: int = 0  # seed of the tiny world
@@ -808,6 +809,42 @@ def read_config(out: str | Path) -> dict:
     return config
 
 
+class Parent(NamedTuple):
+    """What a run starts from: its shape, its tokenizer, what identifies its weights, and how they get into a model."""
+    config: ModelConfig
+    tokenizer: str
+    fingerprint: str
+    fill: Callable[[nn.Module], None]
+
+
+def parent_of(folder: str) -> Parent:
+    """A run of ours, Meta's release or a Hugging Face folder, as --init names it; filled shard by shard, never whole."""
+    if checkpoints(folder):
+        config, newest = ModelConfig(**read_config(folder)["model"]), checkpoints(folder)[-1]
+        return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder),
+                      lambda model: load_checkpoint(newest, {"model": model}, {}))
+    if not Path(folder).is_dir():
+        raise InputError(f"--init {folder}: there is no such folder")
+    config, weight_of, tokenizer = read_any(folder)
+    files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
+    key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    return Parent(config, tokenizer, key, lambda model: set_weights(model, weight_of))
+
+
+def save_model(model: Transformer, out: str, tokenizer: str) -> None:
+    """Write a plain model as a run of ours with one checkpoint, step-000000, that --init and `load_model` read."""
+    if Path(out).exists():
+        raise InputError(f"{out} is there already; name a new folder")
+    if not os.path.isfile(tokenizer):
+        raise InputError(f"{tokenizer} is missing: a run of ours has its tokenizer beside it; put it there")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    save_checkpoint(out, 0, {"model": model}, {}, {})
+    replace_file(Path(out, "tokenizer.model"), Path(tokenizer).read_bytes())
+    config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
+    replace_file(Path(out, "config.json"), json.dumps(config, indent=1).encode())
+    dist.destroy_process_group()
+
+
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
     """Claim --out: refuse another run's folder, drop what was left unfinished. Returns what config.json will hold.
 
@@ -1054,24 +1091,25 @@ def draw_loss(out: Path) -> None:
 
 def main(settings: Settings) -> None:
     """Run the whole of §2: sources → tokenizer → shards → one epoch → perplexity, samples and a loss curve."""
-    if settings.seq_len > PRESETS[settings.preset].max_seq_len:
-        raise InputError(f"--seq_len {settings.seq_len} is longer than the context of {settings.preset}, "
-                         f"{PRESETS[settings.preset].max_seq_len}")
+    parent = parent_of(settings.init) if settings.init else None
+    config = parent.config if parent else PRESETS[settings.preset]
+    if settings.seq_len > config.max_seq_len:
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {config.max_seq_len}")
     if settings.init and settings.tokenizer:
         raise InputError("--init brings its own tokenizer; drop --tokenizer")
     if settings.tokenizer and not os.path.isfile(settings.tokenizer):
         raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
-    more = {"parent": settings.init, "parent_fingerprint": fingerprint(settings.init)} if settings.init else {}
+    more = {"parent": settings.init, "parent_fingerprint": parent.fingerprint} if parent else {}
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
         found = sources(settings.data, settings.world, spool_stdin(settings, ranks))
         record = open_run(settings, "pretrain", ranks, data={s.name: s.fingerprint for s in found}, **more)
-        if settings.init:
-            settings = replace(settings, tokenizer=str(Path(settings.init, "tokenizer.model")))
+        if parent:
+            settings = replace(settings, tokenizer=parent.tokenizer)
         folder, index = prepare(found, settings, ranks)
         tokenizer = Tokenizer(str(folder / "tokenizer.model"))
-        config = with_vocab(PRESETS[settings.preset], tokenizer.vocab_size)
+        config = with_vocab(config, tokenizer.vocab_size)
         parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
         held_out = {name: folder / entry["held_out"] for name, entry in index.items() if entry["held_out"]}
         common = (settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
@@ -1080,8 +1118,8 @@ def main(settings: Settings) -> None:
             held_out = {name: Mixture([(file, 1)], *common) for name, file in held_out.items()}
         steps = min(math.ceil(mixture.n_rows / settings.batch_size), settings.steps or sys.maxsize)
         model = build(config, settings, ranks)
-        if settings.init:
-            load_checkpoint(checkpoints(settings.init)[-1], {"model": model}, {})
+        if parent:
+            parent.fill(model)
         if ranks.rank == 0:
             replace_file(out / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(config)}, indent=1).encode())
