@@ -3,6 +3,7 @@
     python pretrain.py                                             # a 1.0M model of the tiny world, minutes on 2 cores
     python pretrain.py --data wiki=/data/wiki/*.jsonl:2 web.txt.gz # your text; wiki is read twice (up-sampled, §2.1)
     torchrun --nproc_per_node=8 pretrain.py --preset 7b --data ... # the same lines on 8 GPUs
+    python pretrain.py plan --preset 70b --gpus 2048               # memory, days, carbon, before it is paid for
 
 Here stands once what every later stage uses too: settings and command line, sharding, the training loop,
 checkpoints that survive a crash, perplexity and intervals. Read it in this order: settings, ranks, data
@@ -46,8 +47,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import toy
-from model import (IGNORE, PRESETS, ModelConfig, ModelError, Transformer, generate, initial_weight, read_any,
-                   with_vocab)
+from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Transformer, count_parameters, generate,
+                   initial_weight, read_any, with_vocab)
 from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -147,7 +148,8 @@ def parse(cls: type, argv: list[str] | None = None):
     by_preset = cls.BY_PRESET.get(values.get("preset"), {})
     values = {k: by_preset.get(k) if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     settings = cls(**values)
-    for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas"):
+    for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
+                 "tokens", "mfu", "peak_flops"):
         value = getattr(settings, name, None)
         if value is not None and value <= 0:
             raise InputError(f"--{name} must be above 0, not {value}")
@@ -928,6 +930,78 @@ def mfu(config: ModelConfig, seq_len: int, tokens_per_s: float, ranks: Ranks) ->
     return peak and tokens_per_s * flops_per_token(config, seq_len) / (peak * ranks.world_size)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a pretraining run needs before it is paid for: memory, time, energy and carbon (§2.2.1, Table 2)."""
+    preset: str = "7b"  # size of the model
+    gpus: int = 8  # GPUs, over which the model is sharded
+    tokens: float = 2e12  # tokens of the run | 2.0T
+    mfu: float = 0.4  # share of the peak that the run reaches; Table 2's GPU-hours imply what the paper reached
+    peak_flops: float = 312e12  # dense bf16 FLOP/s of a GPU: A100 312e12, H100 989e12 | A100
+    watts: float = 400.0  # power of a GPU | 400 (350 for 34B)
+    micro_batch: int = 1  # rows of one forward pass on one GPU
+    seq_len: int | None = None  # tokens of a row
+    checkpointing: bool = True  # recompute activations in the backward pass
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {name: {"seq_len": Settings.BY_PRESET[name]["seq_len"]} for name in PRESETS}
+
+
+TABLE_2 = {"7b": (184320, 400, 31.22), "13b": (368640, 400, 62.44), "34b": (1038336, 350, 153.90),
+           "70b": (1720320, 400, 291.42)}  # GPU-hours on A100-80GB, watts, tCO2eq
+
+
+def carbon(gpu_hours: float, watts: float) -> float:
+    """Tonnes of CO2eq: energy × PUE 1.1 × 0.385 kg/kWh, the Llama 1 paper's formula, which gives all of Table 2."""
+    return gpu_hours * watts / 1000 * 1.1 * 0.385 / 1000
+
+
+def shard_size(config: ModelConfig, gpus: int) -> int:
+    """Parameters that rank 0 holds: FSDP cuts each parameter's first dimension, rounded up."""
+    with torch.device("meta"):
+        return sum(math.ceil(p.shape[0] / gpus) * p[0].numel() for p in Transformer(config).parameters())
+
+
+def plan_memory(config: ModelConfig, gpus: int, rows: int, seq_len: int, checkpointing: bool, width: int = 2) -> dict[str, float]:
+    """Bytes of one GPU at the peak of a step, by what they are for; width: bytes of an activation (bf16 2, fp32 4).
+
+    A layer keeps, for each token, seven vectors of dim (input, normed input, query, output of the attention as it
+    leaves and as wo reads it, the residual, its normed form), a key and a value, and four of the feed-forward layer.
+    """
+    tokens, mine = rows * seq_len, shard_size(config, gpus)
+    head = 2 * config.vocab_size * config.dim
+    block = (count_parameters(config) - head - config.dim) / config.n_layers
+    layer = width * tokens * (7 * config.dim + 2 * config.n_kv_heads * config.head_dim + 4 * config.ffn_hidden)
+    kept = config.n_layers * (width * tokens * config.dim if checkpointing else layer)
+    logits = 4 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS)  # logits, fp32 copy, softmax, gradient
+    first = kept + logits  # when the backward pass begins
+    last = 4 * mine + layer + 2 * width * tokens * config.ffn_hidden  # when it ends: gradients, and one layer at work
+    unsharded = (width + 4) * block if gpus > 1 else 0  # a block's gradient, and its fp32 copy on the way out
+    parts = {"weights": 4 * mine, "AdamW": 8 * mine, "gathered units": width * (head + 2 * block) + unsharded,
+             "gradients": 4 * mine if last > first else 0, "activations": max(first, last - 4 * mine if last > first else 0)}
+    return parts | {"total": sum(parts.values())}
+
+
+def plan(settings: Plan) -> None:
+    """Print memory, time, energy and carbon of a run, and Table 2 beside what its own GPU-hours imply."""
+    config = PRESETS[settings.preset]
+    flops = flops_per_token(config, settings.seq_len)
+    rate = settings.gpus * settings.peak_flops * settings.mfu / flops  # tokens a second
+    gpu_hours = settings.tokens / rate / 3600 * settings.gpus
+    print(f"{count_parameters(config):,} parameters, {shard_size(config, settings.gpus):,} of them on the first of "
+          f"{settings.gpus:,} GPUs")
+    memory = plan_memory(config, settings.gpus, settings.micro_batch, settings.seq_len, settings.checkpointing)
+    print("GB of a GPU: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()))
+    cache = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    print(f"KV cache {cache / 1024:,.0f} KiB a token, {cache * config.max_seq_len / 1e9:.2f} GB for a full context (bf16)")
+    print(f"{flops:.3e} FLOPs a token; at {settings.mfu:.0%} MFU {rate:,.0f} tokens/s, "
+          f"{settings.tokens / rate / 86400:,.1f} days, {gpu_hours:,.0f} GPU-hours")
+    print(f"{gpu_hours * settings.watts / 1e6:,.1f} MWh of GPUs, {carbon(gpu_hours, settings.watts):,.2f} tCO2eq")
+    print("\nTable 2   GPU-hours    W   tCO2eq   by the formula   MFU that 2.0T tokens in those hours imply")
+    for name, (hours, watts, printed) in TABLE_2.items():
+        implied = flops_per_token(PRESETS[name], 4096) * 2e12 / (hours * 3600 * 312e12)
+        print(f"{name:6} {hours:12,} {watts:4} {printed:8.2f} {carbon(hours, watts):16.2f} {implied:10.1%}")
+
+
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list instead of dying of them; a second Ctrl-C kills as usual."""
@@ -1162,10 +1236,10 @@ def report(out: Path) -> None:
     print(f"model, metrics, samples and loss curve are in {out}")
 
 
-def command_line(main: Callable, cls: type) -> None:
+def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> None:
     """Parse the flags and run `main`; bad input ends with one sentence on standard error and exit code 2."""
     try:
-        main(parse(cls))
+        main(parse(cls, argv))
     except (InputError, ModelError, TokenizerError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1178,4 +1252,7 @@ def command_line(main: Callable, cls: type) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Settings)
+    if sys.argv[1:2] == ["plan"]:
+        command_line(plan, Plan, sys.argv[2:])
+    else:
+        command_line(main, Settings)
