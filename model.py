@@ -8,12 +8,20 @@ Parameter names are those of the released weights. This file imports nothing of 
     logits = model(tokens)                                         # (batch, seq, vocab)
     log_probs = model(tokens, targets=targets)                     # (batch, seq), without all the logits at once
     answers = generate(model, prompts, max_new_tokens=64, temperature=0.6, top_p=0.9, stop=(eos_id,))
+
+    python model.py convert llama-2-7b out/llama-2-7b --to ours    # Meta's release or a Hugging Face folder; or --to hf
+    python model.py generate out/pretrain --prompt "One day"
 """
+import argparse
+import json
 import math
+import shutil
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -467,3 +475,287 @@ def count_parameters(config: ModelConfig) -> int:
 def with_vocab(config: ModelConfig, vocab_size: int) -> ModelConfig:
     """The same shape for another vocabulary."""
     return replace(config, vocab_size=vocab_size)
+
+
+# ---------------------------------------------------------------------------------------------- weights in and out
+
+HF_NAMES = {  # released name → transformers' name, inside a layer and outside
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+}
+
+
+def hf_name(name: str) -> str:
+    """layers.3.attention.wq.weight → model.layers.3.self_attn.q_proj.weight."""
+    layer, _, inside = name.removeprefix("layers.").partition(".") if name.startswith("layers.") else ("", "", name)
+    return (f"model.layers.{layer}." if layer else "") + HF_NAMES[inside.removesuffix(".weight")] + ".weight"
+
+
+def swap_rope_layout(weight: Tensor, head_dim: int, to_hf: bool) -> Tensor:
+    """Reorder the rows of wq or wk, head by head: neighbours (2k, 2k+1), as released, ↔ halves (k, k + head_dim / 2)."""
+    pairs = (head_dim // 2, 2) if to_hf else (2, head_dim // 2)
+    return weight.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file of weights; ModelError if it is missing or none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: can't be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: holds no JSON object")
+    return found
+
+
+def meta_weights(folder: str | Path, max_seq_len: int = 4096) -> tuple[ModelConfig, Callable]:
+    """Meta's release (params.json, consolidated.NN.pth): the config, and weight_of(name, shape) → one whole parameter.
+
+    Files are memory-mapped and read with weights_only, so nothing is executed and no process holds more than a parameter.
+    """
+    folder = Path(folder)
+    params = read_json(folder / "params.json")
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files or [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
+        raise ModelError(f"{folder}: consolidated.00.pth and its successors are not all there: {[f.name for f in files]}")
+    shards = []
+    for file in files:
+        try:
+            shards.append(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+        except Exception as error:  # torch raises many kinds for a file that is cut short or holds code
+            raise ModelError(f"{file}: is no file of weights alone ({type(error).__name__}); fetch it again") from None
+
+    def whole(name: str, shape: tuple | None) -> Tensor:
+        """The parts of a parameter, joined along the dimension in which they are too short, or any if all are whole."""
+        try:
+            parts = [shard[name] for shard in shards]
+        except KeyError:
+            raise ModelError(f"{folder}: the weights lack {name}; is a shard missing?") from None
+        if shape is None or parts[0].shape == torch.Size(shape):
+            return parts[0]
+        for dim in range(len(shape)):
+            if sum(part.shape[dim] for part in parts) == shape[dim]:
+                return torch.cat(parts, dim)
+        raise ModelError(f"{folder}: {len(parts)} shards of {name} {tuple(parts[0].shape)} do not make {tuple(shape)}; "
+                         "is a shard missing?")
+
+    dim, n_heads = params["dim"], params["n_heads"]
+    config = ModelConfig(dim, params["n_layers"], n_heads, params.get("n_kv_heads") or n_heads,
+                         ffn_hidden=len(whole("layers.0.feed_forward.w1.weight", None)) * len(shards),
+                         vocab_size=len(whole("output.weight", None)) * len(shards), max_seq_len=max_seq_len,
+                         norm_eps=params.get("norm_eps", 1e-5), rope_theta=params.get("rope_theta", 10000.0))
+    return config, whole
+
+
+def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
+    """A Hugging Face folder of safetensors: the config, and weight_of(name, shape) → one whole parameter, our layout.
+
+    A tied output is copied. Raises ModelError for what a Llama 2 does not have: another head size, scaled rotary
+    positions, biases, another architecture.
+    """
+    safetensors = import_safetensors()
+    folder = Path(folder)
+    hf = read_json(folder / "config.json")
+    dim, n_heads = hf.get("hidden_size", 0), hf.get("num_attention_heads", 1)
+    rope = hf.get("rope_parameters") or {}
+    head_dim = hf.get("head_dim") or dim // n_heads
+    refused = {
+        f"is a {hf.get('model_type')} model": hf.get("model_type") != "llama",
+        f"has heads of {head_dim}, not of dim / heads = {dim // n_heads},": head_dim * n_heads != dim,
+        "scales its rotary positions": hf.get("rope_scaling") or rope.get("rope_type", "default") != "default",
+        "has biases": hf.get("attention_bias") or hf.get("mlp_bias"),
+    }
+    for what in (what for what, is_so in refused.items() if is_so):
+        raise ModelError(f"{folder}/config.json {what}, which a Llama 2 does not; it can't be read as one")
+    config = ModelConfig(dim, hf["num_hidden_layers"], n_heads, hf.get("num_key_value_heads", n_heads), hf["intermediate_size"],
+                         hf["vocab_size"], hf.get("max_position_embeddings", 4096), hf.get("rms_norm_eps", 1e-5),
+                         rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    where = {}
+    for file in files:
+        if Path(file).name != file:
+            raise ModelError(f"{index}: {file} lies outside the folder")
+        try:
+            opened = safetensors.safe_open(folder / file, "pt")
+        except Exception as error:  # its own kinds of error, for a missing, cut or absurd file
+            raise ModelError(f"{folder / file}: is no whole safetensors file ({error}); fetch it again") from None
+        where |= {name: opened for name in opened.keys()}
+
+    def weight_of(name: str, shape: tuple) -> Tensor:
+        wanted = hf_name(name)
+        if wanted == "lm_head.weight" and wanted not in where:
+            wanted = "model.embed_tokens.weight"  # tied
+        if wanted not in where:
+            raise ModelError(f"{folder}: the weights lack {wanted}; is a file missing?")
+        weight = where[wanted].get_tensor(wanted)
+        if weight.shape != torch.Size(shape):
+            raise ModelError(f"{folder}: {wanted} has shape {tuple(weight.shape)}, not {tuple(shape)}")
+        return swap_rope_layout(weight, config.head_dim, to_hf=False) if name.endswith(("wq.weight", "wk.weight")) else weight
+
+    return config, weight_of
+
+
+def import_safetensors():
+    """The safetensors package, or a sentence on how to get it."""
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError:
+        raise ModelError("Hugging Face folders need safetensors: pip install safetensors") from None
+    return safetensors
+
+
+def load_weights(config: ModelConfig, weight_of: Callable, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A plain model with the weights of a reader."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights = {name: weight_of(name, p.shape).to(dtype).clone() for name, p in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def load_meta(folder: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Meta's released weights as a plain model."""
+    return load_weights(*meta_weights(folder), dtype)
+
+
+def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """A Hugging Face Llama as a plain model."""
+    return load_weights(*hf_weights(folder), dtype)
+
+
+def save_hf(model: Transformer, folder: str | Path, dtype: torch.dtype = torch.float32, max_bytes: int = 5 * 10**9) -> None:
+    """Write a folder that transformers and llama.cpp's converter load: config.json and safetensors of at most max_bytes.
+
+    Written aside and renamed. Raises ModelError if the folder exists. The tokenizer's files are the caller's to add.
+    """
+    safetensors = import_safetensors()
+    folder, config = Path(folder), model.config
+    if folder.exists() and any(folder.iterdir()):
+        raise ModelError(f"{folder} is there already; name a new folder")
+    aside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    size = torch.finfo(dtype).bits // 8
+    groups, room = [], 0
+    for name, p in model.named_parameters():
+        if p.numel() * size > room or not groups:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= p.numel() * size
+    parameters, weight_map = dict(model.named_parameters()), {}
+    for i, names in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            weight = parameters[name].detach().to(dtype)
+            if name.endswith(("wq.weight", "wk.weight")):
+                weight = swap_rope_layout(weight, config.head_dim, to_hf=True)
+            tensors[hf_name(name)] = weight.contiguous()
+        safetensors.torch.save_file(tensors, aside / file, metadata={"format": "pt"})
+        weight_map |= {name: file for name in tensors}
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(p.numel() for p in parameters.values()) * size}, "weight_map": weight_map}
+        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": config.dim,
+          "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+          "num_key_value_heads": config.n_kv_heads, "intermediate_size": config.ffn_hidden, "hidden_act": "silu",
+          "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+          "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
+          "torch_dtype": str(dtype).removeprefix("torch.")}
+    (aside / "config.json").write_text(json.dumps(hf, indent=1))
+    if folder.exists():
+        folder.rmdir()
+    aside.rename(folder)
+
+
+def mean_pool_kv_heads(model: Transformer, n_kv_heads: int, how: str = "mean", seed: int = 0) -> Transformer:
+    """Turn multi-head attention into grouped-query or multi-query attention (Ainslie et al., 2023, §2.1).
+
+    Each group's new key and value head is the mean of its heads, or the `first`, or `random` weights (their Figure 4
+    compares the three). Raises ModelError if n_kv_heads does not divide the heads there are.
+    """
+    old = model.config
+    if how not in ("mean", "first", "random") or n_kv_heads < 1 or old.n_kv_heads % n_kv_heads:
+        raise ModelError(f"{old.n_kv_heads} key and value heads can't be pooled to {n_kv_heads} by {how}")
+    pooled = Transformer(replace(old, n_kv_heads=n_kv_heads), seed)
+    weights = dict(model.state_dict())
+    for name in weights:
+        if name.endswith(("wk.weight", "wv.weight")):
+            heads = weights[name].unflatten(0, (n_kv_heads, -1, old.head_dim))  # (groups, heads of a group, head_dim, dim)
+            new = {"mean": heads.mean(1), "first": heads[:, 0], "random": pooled.state_dict()[name].view_as(heads[:, 0])}[how]
+            weights[name] = new.flatten(0, 1)
+    pooled.load_state_dict(weights)
+    return pooled
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+def read_any(folder: str) -> tuple[ModelConfig, Callable, str]:
+    """(config, weight_of, tokenizer file) of a folder of ours, of Meta's, or of Hugging Face's."""
+    here = Path(folder)
+    if (here / "params.json").exists():
+        return *meta_weights(here), str(here / "tokenizer.model")
+    if list(here.glob("step-*")):
+        from pretrain import load_model
+        model, tokenizer, _ = load_model(folder)
+        weights = dict(model.named_parameters())
+        return model.config, lambda name, shape: weights[name].detach(), tokenizer.path
+    if (here / "config.json").exists():
+        return *hf_weights(here), str(here / "tokenizer.model")
+    raise ModelError(f"{folder} holds no weights that are known here: no params.json, no config.json, no step-* folder")
+
+
+def main() -> None:
+    """Convert weights between formats, or continue a prompt."""
+    parser = argparse.ArgumentParser(description="Convert weights, or continue a prompt.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="from Meta's, Hugging Face's or our folder to Hugging Face's or ours")
+    convert.add_argument("source")
+    convert.add_argument("target")
+    convert.add_argument("--to", choices=["hf", "ours"], required=True)
+    convert.add_argument("--n_kv_heads", type=int, help="pool the key and value heads to so many (Ainslie et al., 2023)")
+    convert.add_argument("--pool", choices=["mean", "first", "random"], default="mean")
+    speak = commands.add_parser("generate", help="continue a prompt")
+    speak.add_argument("source")
+    speak.add_argument("--prompt", default="")
+    speak.add_argument("--max_new_tokens", type=int, default=128)
+    speak.add_argument("--temperature", type=float, default=0.6)
+    speak.add_argument("--top_p", type=float, default=0.9)
+    speak.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    config, weight_of, tokenizer_file = read_any(args.source)
+    model = load_weights(config, weight_of)
+    if args.command == "generate":
+        from tokenizer import Tokenizer
+        tokenizer = Tokenizer(tokenizer_file)
+        stream = tokenizer.stream()
+        prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
+        print(args.prompt, end="", flush=True)
+        generate(model, [prompt], args.max_new_tokens, args.temperature, args.top_p, (tokenizer.eos_id,), args.seed,
+                 on_token=lambda _, token: print(stream.push(token), end="", flush=True))
+        print(stream.flush())
+        return
+    if args.n_kv_heads:
+        model = mean_pool_kv_heads(model, args.n_kv_heads, args.pool)
+    if args.to == "hf":
+        save_hf(model, args.target)
+        if Path(tokenizer_file).exists():
+            shutil.copy(tokenizer_file, args.target)
+    else:
+        from pretrain import save_model
+        save_model(model, args.target, tokenizer_file)
+    print(args.target)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:  # ModelError, and the errors of the other files
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)

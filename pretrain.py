@@ -3,6 +3,7 @@
     python pretrain.py                                             # a 1.0M model of the tiny world, minutes on 2 cores
     python pretrain.py --data wiki=/data/wiki/*.jsonl:2 web.txt.gz # your text; wiki is read twice (up-sampled, §2.1)
     torchrun --nproc_per_node=8 pretrain.py --preset 7b --data ... # the same lines on 8 GPUs
+    python pretrain.py plan --preset 70b --gpus 2048               # memory, days, carbon, before it is paid for
 
 Here stands once what every later stage uses too: settings and command line, sharding, the training loop,
 checkpoints that survive a crash, perplexity and intervals. Read it in this order: settings, ranks, data
@@ -46,7 +47,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import toy
-from model import IGNORE, PRESETS, ModelConfig, ModelError, Transformer, generate, initial_weight, with_vocab
+from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Transformer, count_parameters, generate,
+                   initial_weight, read_any, with_vocab)
 from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -87,7 +89,7 @@ class Settings(Common):
     """Pretrain a Llama 2 on raw text, one epoch over a mixture of sources (§2)."""
     out: str = "out/pretrain"  # folder of this run; started again, it goes on where it stopped
     data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of .txt, .jsonl (.gz) or token shards; `toy`, `toy/web:0.5`, `docs`
-    init: str = ""  # start from the weights of this run
+    init: str = ""  # start from these weights: a run of ours, Meta's release or a Hugging Face folder
     tokenizer: str = ""  # tokenizer.model to use; else one is trained on the data
     vocab_size: int | None = None  # pieces of a tokenizer that is trained here | 32000
     world: int = 0  # seed of the tiny world
@@ -146,7 +148,8 @@ def parse(cls: type, argv: list[str] | None = None):
     by_preset = cls.BY_PRESET.get(values.get("preset"), {})
     values = {k: by_preset.get(k) if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     settings = cls(**values)
-    for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas"):
+    for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
+                 "tokens", "mfu", "peak_flops"):
         value = getattr(settings, name, None)
         if value is not None and value <= 0:
             raise InputError(f"--{name} must be above 0, not {value}")
@@ -808,6 +811,42 @@ def read_config(out: str | Path) -> dict:
     return config
 
 
+class Parent(NamedTuple):
+    """What a run starts from: its shape, its tokenizer, what identifies its weights, and how they get into a model."""
+    config: ModelConfig
+    tokenizer: str
+    fingerprint: str
+    fill: Callable[[nn.Module], None]
+
+
+def parent_of(folder: str) -> Parent:
+    """A run of ours, Meta's release or a Hugging Face folder, as --init names it; filled shard by shard, never whole."""
+    if checkpoints(folder):
+        config, newest = ModelConfig(**read_config(folder)["model"]), checkpoints(folder)[-1]
+        return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder),
+                      lambda model: load_checkpoint(newest, {"model": model}, {}))
+    if not Path(folder).is_dir():
+        raise InputError(f"--init {folder}: there is no such folder")
+    config, weight_of, tokenizer = read_any(folder)
+    files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
+    key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    return Parent(config, tokenizer, key, lambda model: set_weights(model, weight_of))
+
+
+def save_model(model: Transformer, out: str, tokenizer: str) -> None:
+    """Write a plain model as a run of ours with one checkpoint, step-000000, that --init and `load_model` read."""
+    if Path(out).exists():
+        raise InputError(f"{out} is there already; name a new folder")
+    if not os.path.isfile(tokenizer):
+        raise InputError(f"{tokenizer} is missing: a run of ours has its tokenizer beside it; put it there")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    save_checkpoint(out, 0, {"model": model}, {}, {})
+    replace_file(Path(out, "tokenizer.model"), Path(tokenizer).read_bytes())
+    config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
+    replace_file(Path(out, "config.json"), json.dumps(config, indent=1).encode())
+    dist.destroy_process_group()
+
+
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
     """Claim --out: refuse another run's folder, drop what was left unfinished. Returns what config.json will hold.
 
@@ -889,6 +928,78 @@ def mfu(config: ModelConfig, seq_len: int, tokens_per_s: float, ranks: Ranks) ->
     known = not re.search("PCIe|NVL|MIG", name)  # slower kin of the same name
     peak = next((peak for chip, peak in PEAK_FLOPS.items() if known and re.search(rf"\b{chip}\b", name)), None)
     return peak and tokens_per_s * flops_per_token(config, seq_len) / (peak * ranks.world_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pretraining run needs before it is paid for: memory, time, energy and carbon (§2.2.1, Table 2)."""
+    preset: str = "7b"  # size of the model
+    gpus: int = 8  # GPUs, over which the model is sharded
+    tokens: float = 2e12  # tokens of the run | 2.0T
+    mfu: float = 0.4  # share of the peak that the run reaches; Table 2's GPU-hours imply what the paper reached
+    peak_flops: float = 312e12  # dense bf16 FLOP/s of a GPU: A100 312e12, H100 989e12 | A100
+    watts: float = 400.0  # power of a GPU | 400 (350 for 34B)
+    micro_batch: int = 1  # rows of one forward pass on one GPU
+    seq_len: int | None = None  # tokens of a row
+    checkpointing: bool = True  # recompute activations in the backward pass
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {name: {"seq_len": Settings.BY_PRESET[name]["seq_len"]} for name in PRESETS}
+
+
+TABLE_2 = {"7b": (184320, 400, 31.22), "13b": (368640, 400, 62.44), "34b": (1038336, 350, 153.90),
+           "70b": (1720320, 400, 291.42)}  # GPU-hours on A100-80GB, watts, tCO2eq
+
+
+def carbon(gpu_hours: float, watts: float) -> float:
+    """Tonnes of CO2eq: energy × PUE 1.1 × 0.385 kg/kWh, the Llama 1 paper's formula, which gives all of Table 2."""
+    return gpu_hours * watts / 1000 * 1.1 * 0.385 / 1000
+
+
+def shard_size(config: ModelConfig, gpus: int) -> int:
+    """Parameters that rank 0 holds: FSDP cuts each parameter's first dimension, rounded up."""
+    with torch.device("meta"):
+        return sum(math.ceil(p.shape[0] / gpus) * p[0].numel() for p in Transformer(config).parameters())
+
+
+def plan_memory(config: ModelConfig, gpus: int, rows: int, seq_len: int, checkpointing: bool, width: int = 2) -> dict[str, float]:
+    """Bytes of one GPU at the peak of a step, by what they are for; width: bytes of an activation (bf16 2, fp32 4).
+
+    A layer keeps, for each token, seven vectors of dim (input, normed input, query, output of the attention as it
+    leaves and as wo reads it, the residual, its normed form), a key and a value, and four of the feed-forward layer.
+    """
+    tokens, mine = rows * seq_len, shard_size(config, gpus)
+    head = 2 * config.vocab_size * config.dim
+    block = (count_parameters(config) - head - config.dim) / config.n_layers
+    layer = width * tokens * (7 * config.dim + 2 * config.n_kv_heads * config.head_dim + 4 * config.ffn_hidden)
+    kept = config.n_layers * (width * tokens * config.dim if checkpointing else layer)
+    logits = 4 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS)  # logits, fp32 copy, softmax, gradient
+    first = kept + logits  # when the backward pass begins
+    last = 4 * mine + layer + 2 * width * tokens * config.ffn_hidden  # when it ends: gradients, and one layer at work
+    unsharded = (width + 4) * block if gpus > 1 else 0  # a block's gradient, and its fp32 copy on the way out
+    parts = {"weights": 4 * mine, "AdamW": 8 * mine, "gathered units": width * (head + 2 * block) + unsharded,
+             "gradients": 4 * mine if last > first else 0, "activations": max(first, last - 4 * mine if last > first else 0)}
+    return parts | {"total": sum(parts.values())}
+
+
+def plan(settings: Plan) -> None:
+    """Print memory, time, energy and carbon of a run, and Table 2 beside what its own GPU-hours imply."""
+    config = PRESETS[settings.preset]
+    flops = flops_per_token(config, settings.seq_len)
+    rate = settings.gpus * settings.peak_flops * settings.mfu / flops  # tokens a second
+    gpu_hours = settings.tokens / rate / 3600 * settings.gpus
+    print(f"{count_parameters(config):,} parameters, {shard_size(config, settings.gpus):,} of them on the first of "
+          f"{settings.gpus:,} GPUs")
+    memory = plan_memory(config, settings.gpus, settings.micro_batch, settings.seq_len, settings.checkpointing)
+    print("GB of a GPU: " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()))
+    cache = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
+    print(f"KV cache {cache / 1024:,.0f} KiB a token, {cache * config.max_seq_len / 1e9:.2f} GB for a full context (bf16)")
+    print(f"{flops:.3e} FLOPs a token; at {settings.mfu:.0%} MFU {rate:,.0f} tokens/s, "
+          f"{settings.tokens / rate / 86400:,.1f} days, {gpu_hours:,.0f} GPU-hours")
+    print(f"{gpu_hours * settings.watts / 1e6:,.1f} MWh of GPUs, {carbon(gpu_hours, settings.watts):,.2f} tCO2eq")
+    print("\nTable 2   GPU-hours    W   tCO2eq   by the formula   MFU that 2.0T tokens in those hours imply")
+    for name, (hours, watts, printed) in TABLE_2.items():
+        implied = flops_per_token(PRESETS[name], 4096) * 2e12 / (hours * 3600 * 312e12)
+        print(f"{name:6} {hours:12,} {watts:4} {printed:8.2f} {carbon(hours, watts):16.2f} {implied:10.1%}")
 
 
 @contextmanager
@@ -1054,24 +1165,25 @@ def draw_loss(out: Path) -> None:
 
 def main(settings: Settings) -> None:
     """Run the whole of §2: sources → tokenizer → shards → one epoch → perplexity, samples and a loss curve."""
-    if settings.seq_len > PRESETS[settings.preset].max_seq_len:
-        raise InputError(f"--seq_len {settings.seq_len} is longer than the context of {settings.preset}, "
-                         f"{PRESETS[settings.preset].max_seq_len}")
+    parent = parent_of(settings.init) if settings.init else None
+    config = parent.config if parent else PRESETS[settings.preset]
+    if settings.seq_len > config.max_seq_len:
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {config.max_seq_len}")
     if settings.init and settings.tokenizer:
         raise InputError("--init brings its own tokenizer; drop --tokenizer")
     if settings.tokenizer and not os.path.isfile(settings.tokenizer):
         raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
-    more = {"parent": settings.init, "parent_fingerprint": fingerprint(settings.init)} if settings.init else {}
+    more = {"parent": settings.init, "parent_fingerprint": parent.fingerprint} if parent else {}
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
         found = sources(settings.data, settings.world, spool_stdin(settings, ranks))
         record = open_run(settings, "pretrain", ranks, data={s.name: s.fingerprint for s in found}, **more)
-        if settings.init:
-            settings = replace(settings, tokenizer=str(Path(settings.init, "tokenizer.model")))
+        if parent:
+            settings = replace(settings, tokenizer=parent.tokenizer)
         folder, index = prepare(found, settings, ranks)
         tokenizer = Tokenizer(str(folder / "tokenizer.model"))
-        config = with_vocab(PRESETS[settings.preset], tokenizer.vocab_size)
+        config = with_vocab(config, tokenizer.vocab_size)
         parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
         held_out = {name: folder / entry["held_out"] for name, entry in index.items() if entry["held_out"]}
         common = (settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
@@ -1080,8 +1192,8 @@ def main(settings: Settings) -> None:
             held_out = {name: Mixture([(file, 1)], *common) for name, file in held_out.items()}
         steps = min(math.ceil(mixture.n_rows / settings.batch_size), settings.steps or sys.maxsize)
         model = build(config, settings, ranks)
-        if settings.init:
-            load_checkpoint(checkpoints(settings.init)[-1], {"model": model}, {})
+        if parent:
+            parent.fill(model)
         if ranks.rank == 0:
             replace_file(out / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(config)}, indent=1).encode())
@@ -1124,10 +1236,10 @@ def report(out: Path) -> None:
     print(f"model, metrics, samples and loss curve are in {out}")
 
 
-def command_line(main: Callable, cls: type) -> None:
+def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> None:
     """Parse the flags and run `main`; bad input ends with one sentence on standard error and exit code 2."""
     try:
-        main(parse(cls))
+        main(parse(cls, argv))
     except (InputError, ModelError, TokenizerError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1140,4 +1252,7 @@ def command_line(main: Callable, cls: type) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, Settings)
+    if sys.argv[1:2] == ["plan"]:
+        command_line(plan, Plan, sys.argv[2:])
+    else:
+        command_line(main, Settings)

@@ -18,7 +18,7 @@ def losses_of(ranks, out, *flags):
     folder, index = prepare(sources(settings.data, 0), settings, ranks)
     with rank_0_first(ranks):
         mixture = Mixture([(folder / part, 9) for part in index["farm"]["parts"]], settings.seq_len, 0, 2, 320, folder)
-    config = ModelConfig(dim=30, n_layers=2, n_heads=3, n_kv_heads=1, ffn_hidden=50, vocab_size=320, max_seq_len=16)
+    config = ModelConfig(dim=30, n_layers=1, n_heads=3, n_kv_heads=1, ffn_hidden=50, vocab_size=320, max_seq_len=16)
     # 30 and 50 do not divide by 4: shards are of unequal size
     model = build(config, settings, ranks)
     batch_at = lambda step: mixture.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
@@ -31,4 +31,4 @@ if __name__ == "__main__":
         losses_of(ranks, f"{sys.argv[2]}/{dtype}", "--dtype", dtype)
     if ranks.world_size == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
-        losses_of(ranks._replace(mesh=mesh), f"{sys.argv[2]}/replicas", "--dtype", "fp32")
+        losses_of(ranks._replace(mesh=mesh), f"{sys.argv[2]}/replicas", "--dtype", "fp32", "--replicas", "2")

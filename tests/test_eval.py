@@ -100,4 +100,3 @@ def test_the_main_job_runs_on_the_tiny_world_and_its_report_needs_no_network(tmp
     page = (tmp_path / "report.html").read_text()
     assert result.returncode == 0 and "data:image/png;base64" in page and "P(true)" in page and "http" not in page
     assert run("eval.py", "report", "--out", tmp_path / "none").returncode == 2
-    assert run("eval.py", "facts", tmp_path / "none").returncode == 2 and run("eval.py").returncode == 2

@@ -232,6 +232,43 @@ def test_flops_per_token_are_six_per_matrix_weight_plus_attention():
     assert flops_per_token(config, 4096) == 6 * matrices + 12 * 32 * 4096 * 4096
 
 
+def test_the_plan_gives_the_carbon_of_table_2_from_its_gpu_hours():
+    for hours, watts, printed in pretrain.TABLE_2.values():
+        assert pretrain.carbon(hours, watts) == pytest.approx(printed, abs=0.1)
+
+
+def test_rank_0_of_2048_holds_the_planned_parameters_of_a_70b():
+    code = ("import torch.distributed as dist, sys; sys.path.insert(0, '.')\n"
+            "from torch.testing._internal.distributed.fake_pg import FakeStore\n"
+            "dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=2048)\n"
+            "import torch; from torch.distributed.device_mesh import init_device_mesh; from torch.distributed.fsdp import fully_shard\n"
+            "from model import PRESETS, Transformer; from pretrain import shard_size\n"
+            "mesh = init_device_mesh('cpu', (2048,))\n"
+            "with torch.device('meta'): model = Transformer(PRESETS['70b'])\n"
+            "for block in model.layers: fully_shard(block, mesh=mesh)\n"
+            "fully_shard(model, mesh=mesh)\n"
+            "print(sum(p.to_local().numel() for p in model.parameters()), shard_size(PRESETS['70b'], 2048))")
+    held, planned = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout.split()
+    assert held == planned
+
+
+@pytest.mark.parametrize("rows, checkpointing", [(8, False), (8, True), (2, False)])
+def test_planned_memory_is_within_a_tenth_of_the_measured_peak(ranks, rows, checkpointing):
+    config = with_vocab(PRESETS["toy-l"], 2048)
+    settings = settings_for("unused", "--checkpointing" if checkpointing else "--no-checkpointing")
+    model = build(config, settings, ranks)
+    optimizer = adamw(model, 0.1)
+    tokens = torch.randint(2048, (rows, 257))
+    batches = [(tokens[:, :-1], tokens[:, 1:].contiguous())]
+    optimizer_step(model, optimizer, batches, lm_loss, 1e-3, 1.0, ranks)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer_step(model, optimizer, batches, lm_loss, 1e-3, 1.0, ranks)
+    live = np.cumsum([e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"])
+    held = 12 * sum(p.numel() for p in model.parameters())  # weights and AdamW, there before and after
+    planned = pretrain.plan_memory(config, 1, rows, 256, checkpointing, width=4)["total"]
+    assert planned == pytest.approx(held + live.max(), rel=0.1)
+
+
 def with_meta(config):
     with torch.device("meta"):
         return Transformer(config)
