@@ -82,7 +82,7 @@ def test_the_interval_of_runs_is_wide_when_runs_differ_and_narrow_when_only_fact
 
 
 def run(*command):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=280,
+    return subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=1500,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 

@@ -51,7 +51,7 @@ def launch(script, *flags, n=1):
     """Run a script of ours as a user would: with python, or over n ranks with torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
     return subprocess.run([sys.executable, *torchrun, str(HERE / script), *map(str, flags)], capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def command(*flags, n=1):
