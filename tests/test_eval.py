@@ -88,7 +88,8 @@ def run(*command):
 
 def test_the_main_job_runs_on_the_tiny_world_and_its_report_needs_no_network(tmp_path):
     out = tmp_path / "pretrain"
-    result = run("pretrain.py", "--out", out, "--preset", "toy-s", "--steps", "4", "--eval_every", "2", "--seq_len", "64")
+    result = run("pretrain.py", "--out", out, "--preset", "toy-s", "--steps", "4", "--eval_every", "2", "--seq_len", "64",
+                 "--threads", "1")
     assert result.returncode == 0, result.stderr[-2000:]
     assert all(name in result.stdout for name in ("encyclopedia", "web", "stories", "numbers", "bits per byte", "tokens/s"))
     samples = (out / "samples.txt").read_text()

@@ -201,7 +201,7 @@ def test_the_command_line_converts_generates_and_trains_on(tmp_path):
     (tmp_path / "farm.txt").write_text("the fox has eggs. the hen likes eggs.\n\n" * 50)
     for parent, n_kv_heads in (("gqa", 2), ("hf", 4)):
         result = run("pretrain.py", "--init", tmp_path / parent, "--data", tmp_path / "farm.txt", "--out", tmp_path / f"up-{parent}", "--steps", "2",
-                     "--seq_len", "16", "--batch_size", "2", "--sample_tokens", "0", "--device", "cpu")
+                     "--seq_len", "16", "--batch_size", "2", "--sample_tokens", "0", "--device", "cpu", "--threads", "1")
         assert result.returncode == 0, result.stderr
         config = json.loads((tmp_path / f"up-{parent}" / "config.json").read_text())["model"]
         assert config == asdict(replace(model.config, n_kv_heads=n_kv_heads, max_seq_len=4096))  # what Meta's params.json leaves open
