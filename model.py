@@ -2,8 +2,8 @@
 
 Pre-norm blocks of RMSNorm, rotary attention and SwiGLU, without a single bias and with an output matrix of
 its own. One attention module covers multi-head, grouped-query and multi-query attention (Ainslie et al., 2023).
-Parameter names are those of the released weights. This file imports nothing of ours (only its
-command line does): copy it away.
+Parameter names are those of the released weights. This file imports nothing of ours, but for its command line:
+copy it away.
 
     model = Transformer(PRESETS["toy"])
     logits = model(tokens)                                         # (batch, seq, vocab)
