@@ -737,7 +737,7 @@ def main() -> None:
         tokenizer = Tokenizer(tokenizer_file)
         stream = tokenizer.stream()
         prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
-        print(args.prompt, end="", flush=True)
+        print("".join(stream.push(token) for token in prompt), end="", flush=True)  # the space behind it is the answer's
         generate(model, [prompt], args.max_new_tokens, args.temperature, args.top_p, (tokenizer.eos_id,), args.seed,
                  on_token=lambda _, token: print(stream.push(token), end="", flush=True))
         print(stream.flush())
