@@ -1065,8 +1065,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
     progress = load_checkpoint(newest[0], {"model": model}, {"model": optimizer}) if newest[0] else {}
     first, tokens, seconds, skipped = (progress.get(key, 0) for key in ("step", "tokens", "seconds", "skipped"))
     if ranks.rank == 0:
-        rewind(out / "metrics.jsonl", first)
-        rewind(out / "samples.txt", first)
+        rewind(out / "metrics.jsonl", first or -1)  # step 0 is written again
+        rewind(out / "samples.txt", first or -1)
         if newest[0]:
             print(f"going on at step {first} of {steps} from {newest[0]}", flush=True)
     bad = 0  # steps in a row that were not finite
