@@ -684,7 +684,7 @@ def write_hf(config: ModelConfig, weight_of: Callable, folder: str | Path, dtype
              max_bytes: int = 5 * 10**9) -> None:
     """Stream a reader's weights to a folder that transformers and llama.cpp's converter load; dtype None keeps theirs.
 
-    config.json and safetensors of at most max_bytes, one of which is in memory at a time. Written aside and renamed.
+    config.json and safetensors of at most max_bytes; about 2.5 times as much is in memory at once. Written aside and renamed.
     Raises ModelError if the folder exists. The tokenizer's files are the caller's to add.
     """
     folder, save_file = Path(folder), import_safetensors().save_file
