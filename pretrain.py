@@ -153,8 +153,8 @@ def parse(cls: type, argv: list[str] | None = None):
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
                  "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier"):
         value = getattr(settings, name, None)
-        if value is not None and value <= 0:
-            raise InputError(f"--{name} must be above 0, not {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} must be a number above 0, not {value}")
     for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
@@ -1060,7 +1060,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
     if at_0 and first == 0:
         figures = evaluate(0)
         if log:
-            log.write(json.dumps({"step": 0, "tokens": 0, "loss": None, **figures}) + "\n")
+            log.write(json.dumps({"step": 0, "tokens": 0, "loss": None, **figures, "seconds": 0.0}) + "\n")
             print("before the first step:", *(f"{name} {value:.3f}" for name, value in figures.items() if "loss/" in name))
     bar = tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True)
     with signals() as caught, ThreadPoolExecutor(1) as ahead:

@@ -13,7 +13,7 @@ import torch
 
 from model import (PRESETS, ModelConfig, ModelError, Transformer, count_parameters, generate, hf_name, load_hf, load_meta, main, mean_pool_kv_heads,
                    meta_weights, save_hf)
-from pretrain import Settings, ablated, parse
+from pretrain import InputError, Settings, ablated, parse
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -350,3 +350,5 @@ def test_the_paper_widens_the_feed_forward_layer_so_that_grouped_and_multi_query
     settings = parse(Settings, ["--n_kv_heads", "1", "--ffn_multiplier", "1.33"])
     assert ablated(PRESETS["toy"], settings.n_kv_heads, settings.ffn_multiplier) == replace(PRESETS["toy"], n_kv_heads=1, ffn_hidden=468)
     assert ablated(PRESETS["toy"], None, None) == PRESETS["toy"]
+    with pytest.raises(InputError, match="--ffn_multiplier"):
+        parse(Settings, ["--ffn_multiplier", "nan"])
