@@ -156,7 +156,8 @@ def pretrain_section(run: Path) -> str:
     last = metrics[-1]
     settings = config["settings"]
     parts = [f"<h2>Pretraining, {html.escape(str(run))} (§2)</h2>",
-             f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s ({last['tokens'] / max(last['seconds'], 1e-3):,.0f} tokens/s); "
+             f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s "
+             f"({last['tokens'] / max(last['seconds'], 1e-3):,.0f} tokens/s); "
              f"data {html.escape(' '.join(settings['data']))}; preset {settings['preset']}. "
              f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>"]
     if (run / "loss.png").exists():
