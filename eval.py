@@ -166,7 +166,8 @@ def pretrain_section(run: Path, settings: dict, metrics: list[dict]) -> list[str
     """The part of the report on one pretraining run: Figure 5's curve, perplexities, knowledge, samples."""
     last = metrics[-1]
     parts = [f"<h2>Pretraining, {html.escape(str(run))} (§2)</h2>",
-             f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s ({last['tokens'] / last['seconds']:,.0f} tokens/s); "
+             f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s "
+             f"({last['tokens'] / max(last['seconds'], 1e-3):,.0f} tokens/s); "
              f"data {html.escape(' '.join(settings['data']))}; preset {settings['preset']}. "
              f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>",
              "<p>The held-out losses should fall with the training loss: nothing is read often enough to be learnt by heart.</p>",

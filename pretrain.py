@@ -92,6 +92,8 @@ class Settings(Common):
     init: str = ""  # start from these weights: a run of ours, Meta's release or a Hugging Face folder
     tokenizer: str = ""  # tokenizer.model to use; else one is trained on the data
     vocab_size: int | None = None  # pieces of a tokenizer that is trained here | 32000
+    n_kv_heads: int | None = None  # key and value heads, else the preset's; n_heads: MHA, 1: MQA, between: GQA | 8 (34B, 70B)
+    ffn_multiplier: float | None = None  # widens the feed-forward layer, for fewer heads | 1.33 (MQA), 1.3 (GQA), A.2.1
     world: int = 0  # seed of the tiny world
     sample_tokens: int | None = None  # length of the samples at each evaluation; 0: none (they need the whole model)
 
@@ -153,10 +155,10 @@ def parse(cls: type, argv: list[str] | None = None):
     values = {k: by_preset.get(k) if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     settings = cls(**values)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
-                 "tokens", "mfu", "peak_flops", "epochs", "dialogs", "max_new_tokens"):
+                 "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens"):
         value = getattr(settings, name, None)
-        if value is not None and value <= 0:
-            raise InputError(f"--{name} must be above 0, not {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} must be a number above 0, not {value}")
     for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
@@ -777,16 +779,20 @@ class SafeReader(dcp.FileSystemReader):
 HARMLESS = {("torch.distributed.checkpoint.metadata", name) for name in (
     "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
     "_MEM_FORMAT_ENCODING")} | {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
-    ("torch", "float32"), ("torch", "bfloat16"), ("torch", "int64"), ("torch.serialization", "_get_layout"),
+    ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float16"), ("torch", "int64"), ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"), ("collections", "OrderedDict")}
 
 
 def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
-    """Fill modules and optimizers from a folder step-NNNNNN, saved at any world size; return its progress.
+    """Fill modules and optimizers from a folder step-NNNNNN, saved at any world size; return its progress."""
+    return read_checkpoint(folder, checkpoint_state(modules, optimizers))
+
+
+def read_checkpoint(folder: str | Path, state: dict[str, Tensor]) -> dict:
+    """Fill the named tensors (see `checkpoint_state`) from a folder step-NNNNNN; return its progress.
 
     Raises InputError if it is of another shape, before anything is changed, or damaged.
     """
-    state = checkpoint_state(modules, optimizers)
     try:
         reader = SafeReader(folder)
         saved = reader.read_metadata().state_dict_metadata
@@ -816,6 +822,18 @@ def load_model(out: str | Path) -> tuple[Transformer, Tokenizer, dict]:
     model = Transformer(ModelConfig(**config["model"]))
     load_checkpoint(found[-1], {"model": model}, {})
     return model.eval(), Tokenizer(str(Path(out, "tokenizer.model"))), config
+
+
+def stored_weights(out: str | Path) -> tuple[ModelConfig, Callable]:
+    """The newest weights of a run, one at a time: its shape, and weight_of(name, shape) → that parameter in fp32."""
+    newest = checkpoints(out)[-1]
+
+    def weight_of(name: str, shape: tuple) -> Tensor:
+        state = {f"model/weights/{name}": torch.empty(shape)}
+        read_checkpoint(newest, state)
+        return state.popitem()[1]
+
+    return ModelConfig(**read_config(out)["model"]), weight_of
 
 
 def fingerprint(out: str | Path) -> str:
@@ -1074,7 +1092,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
     if evaluate and settings.init and first == 0:
         figures = evaluate(0)
         if log:
-            log.write(json.dumps({"step": 0, "tokens": 0, "loss": None, **figures}) + "\n")
+            log.write(json.dumps({"step": 0, "tokens": 0, "loss": None, **figures, "seconds": 0.0}) + "\n")
+            print("before the first step:", *(f"{name} {value:.3f}" for name, value in figures.items() if "loss/" in name))
     bar = tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True)
     with signals() as caught, ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(batch_at, first)
@@ -1199,10 +1218,18 @@ def draw_loss(out: Path) -> None:
     plt.close(figure)
 
 
+def ablated(config: ModelConfig, n_kv_heads: int | None, ffn_multiplier: float | None) -> ModelConfig:
+    """A preset with other key and value heads, and a feed-forward layer that makes up for them (A.2.1, Table 18)."""
+    ffn_hidden = round(config.ffn_hidden * (ffn_multiplier or 1))
+    return replace(config, n_kv_heads=n_kv_heads or config.n_kv_heads, ffn_hidden=ffn_hidden)
+
+
 def main(settings: Settings) -> None:
     """Run the whole of §2: sources → tokenizer → shards → one epoch → perplexity, samples and a loss curve."""
     parent = parent_of(settings.init) if settings.init else None
-    config = parent.config if parent else PRESETS[settings.preset]
+    if parent and (settings.n_kv_heads or settings.ffn_multiplier):
+        raise InputError("--init brings its own shape; drop --n_kv_heads and --ffn_multiplier (model.py convert pools heads)")
+    config = parent.config if parent else ablated(PRESETS[settings.preset], settings.n_kv_heads, settings.ffn_multiplier)
     if settings.seq_len > config.max_seq_len:
         raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {config.max_seq_len}")
     if settings.init and settings.tokenizer:
@@ -1260,16 +1287,19 @@ def main(settings: Settings) -> None:
 
 def report(out: Path) -> None:
     """Print the end of a run as a table: tokens, speed, and each source's held-out perplexity with its interval."""
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(rows[0]), json.loads(rows[-1])
     print(f"\n{last['tokens']:,} tokens in {last['seconds']:.0f} s, {last['tokens'] / last['seconds']:,.0f} tokens/s")
     names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
     if names:
-        print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}")
+        print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}"
+              + "  before the first step" * (first["step"] == 0))
     else:
         print(f"nothing is held out: no source has {HELD_OUT_EVERY} documents")
     for name in names:
         mean, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
-        print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}")
+        print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}"
+              + (f"  {math.exp(first[f'loss/{name}']):21.3f}" if first["step"] == 0 else ""))
     draw_loss(out)
     print(f"model, metrics, samples and loss curve are in {out}")
 
