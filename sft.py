@@ -284,11 +284,11 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[list[dict]], max_new_tokens: int = 64,
-                 **sampling) -> list[tuple[str, bool]]:
-    """The answer to the last message of each dialogue, and whether it ended with EOS. Greedy, unless told otherwise."""
+def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[list[dict]],
+                 max_new_tokens: int) -> list[tuple[str, bool]]:
+    """The greedy answer to the last message of each dialogue, and whether it ended with EOS."""
     prompts = [tokenizer.encode_dialog(messages)[0] for messages in dialogs]
-    answers = generate(model, prompts, max_new_tokens, **{"temperature": 0, "stop": (tokenizer.eos_id,)} | sampling)
+    answers = generate(model, prompts, max_new_tokens, temperature=0, stop=(tokenizer.eos_id,))
     return [(tokenizer.decode(answer).strip(), answer[-1] == tokenizer.eos_id) for answer in answers]
 
 
@@ -324,7 +324,7 @@ def toy_messages(prompt: dict) -> list[dict]:
 def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, float, float]]:
     """What the annotators of the tiny world think of the answers: figure → (mean, low, high), a bootstrap over prompts."""
     def share(judge: Callable[[Answer], float], *parts: str) -> tuple[float, float, float]:
-        return interval(np.array([judge(a) for a in answers if not parts or a.part in parts], float))
+        return interval(np.array([judge(a) for a in answers if a.part in parts], float))
 
     def knows(answer: Answer) -> bool:
         return all(world.facts[tuple(fact)].lower() in toy.words(answer.text) for fact in answer.prompt["slots"])
@@ -332,7 +332,7 @@ def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, fl
     refuses = lambda a: toy.is_refusal(a.text)  # noqa: E731
     unsafe = [part for part in dict.fromkeys(a.part for a in answers) if part.startswith("unsafe")]
     return {
-        "right form": share(lambda a: a.ended and not toy.is_gibberish(world, a.text)),
+        "right form": share(lambda a: a.ended and not toy.is_gibberish(world, a.text), "all"),
         "true helpfulness": share(lambda a: toy.helpfulness(world, a.prompt, a.text), "all"),
         "facts never asked in training": share(knows, "fact"),
         "sums": share(lambda a: re.findall(r"\d+", a.text)[-1:] == [str(sum(a.prompt["slots"]))], "sum"),
@@ -390,7 +390,7 @@ def main(settings: Settings) -> None:
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
             kept, n_bad, cut, dropped = dialogs["counts"]
             print(f"{kept:,} dialogues of {len(dialogs['tokens']):,} tokens, {dialogs['is_answer'].mean():.0%} of them answers; "
-                  f"{n_bad} bad rows left out, {cut} cut at a turn to fit, {dropped} too long\n"
+                  f"{n_bad} bad rows left out, {cut} cut at a turn to fit, {dropped} longer than --seq_len\n"
                   f"{rows.n_rows:,} rows in {settings.epochs} epochs, packing efficiency {rows.efficiency:.1%}; {steps:,} steps")
             print_settings(settings)
 
