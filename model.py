@@ -372,9 +372,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 
 
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """The probabilities (batch, vocab) with 0 for all but the likeliest tokens, kept until their mass exceeds top_p.
+    """probs (batch, vocab), 0 for all but the likeliest tokens, which stay until their mass exceeds top_p.
 
-    Sorting a vocabulary costs more than a small model: the 64 likeliest tokens are sorted first, all only if need be.
+    To sort a vocabulary takes longer than a small model: all is sorted only if the 64 likeliest are too few for a row.
     """
     k = min(64, probs.shape[-1])
     ordered = probs.topk(k).values  # (batch, k)

@@ -61,9 +61,10 @@ def spread(rate: dict[str, float]) -> str:
 
 # ---------------------------------------------------------------------------------------------- sampling
 
+TOY, TOY_L = with_vocab(PRESETS["toy"], 1024), with_vocab(PRESETS["toy-l"], 2048)
 CASES = {  # name: (config, dtype, (batch, new tokens)...)
-    "1M fp32": (with_vocab(PRESETS["toy"], 1024), torch.float32, (64, 64), (1, 64)),
-    "15M bf16": (with_vocab(PRESETS["toy-l"], 2048), torch.bfloat16, (64, 64), (1, 64)),
+    "1M fp32": (TOY, torch.float32, (64, 64), (1, 64)),
+    "15M bf16": (TOY_L, torch.bfloat16, (64, 64), (1, 64)),
     "110M bf16": (ModelConfig(768, 12, 12, 12, 2048, 32000, 1024), torch.bfloat16, (8, 16), (1, 32)),
 }
 PROMPT = 16  # tokens of a prompt
@@ -124,26 +125,29 @@ def sample_gathered(args: argparse.Namespace) -> dict | None:
     """Two ranks, each drawing for its own prompts: from gathered weights (the gathering included) and from a sharded model."""
     if over_ranks(2):
         return None
-    config = CASES["1M fp32"][0]
     ranks = start(parse(Settings, ["--device", "cpu", "--threads", str(args.threads)]))
-    model = build(config, parse(Settings, ["--dtype", "fp32"]), ranks).eval()
-    prompts = torch.randint(config.vocab_size, (64, PROMPT)).tolist()
+    rows, found = [], {}
+    for name, config, batch in [("1M fp32", TOY, 64), ("1M fp32", TOY, 4), ("15M fp32", TOY_L, 4)]:
+        model = build(config, parse(Settings, ["--dtype", "fp32"]), ranks).eval()
+        prompts = torch.randint(config.vocab_size, (batch, PROMPT)).tolist()
 
-    def draw_gathered():
-        with gathered(model) as whole:
-            generate(whole, prompts, 64, args.temperature, args.top_p)
+        def draw_gathered():
+            with gathered(model) as whole:
+                generate(whole, prompts, 64, args.temperature, args.top_p)
 
-    def draw_sharded():
-        generate(model, prompts, 64, args.temperature, args.top_p)
-        model.reshard()
+        def draw_sharded():
+            generate(model, prompts, 64, args.temperature, args.top_p)
+            model.reshard()
 
-    seconds = interleaved({"gathered": draw_gathered, "sharded": draw_sharded}, args.repetitions)
+        seconds = interleaved({"gathered": draw_gathered, "sharded": draw_sharded}, args.repetitions)
+        rates = {who: summary(s, batch * 64) for who, s in seconds.items()}
+        times = ratio(seconds["gathered"], seconds["sharded"])
+        rows.append([name, str(batch), *map(spread, rates.values()), f"{times:.1f}"])
+        found[f"{name} batch {batch}"] = rates | {"gathered / sharded": times}
     if ranks.rank:
         return None
-    rates = {who: summary(s, 64 * 64) for who, s in seconds.items()}
-    times = ratio(seconds["gathered"], seconds["sharded"])
-    print_table(["tokens/s of a rank, gathered", "sharded", "gathered / sharded"], [[*map(spread, rates.values()), f"{times:.1f}"]])
-    return rates | {"gathered / sharded": times}
+    print_table(["model", "batch of a rank", "gathered, tokens/s of a rank", "sharded", "gathered / sharded"], rows)
+    return found
 
 
 COMMANDS = {"sampling": sampling, "gathered": sample_gathered}
