@@ -102,7 +102,7 @@ def sampling(args: argparse.Namespace) -> dict:
                 "linear layers": lambda: linear_layers(model, batch, new),
             }, args.repetitions)
             rates = {who: summary(s, batch * new) for who, s in seconds.items()}
-            times, share = ratio(seconds["ours"], seconds["transformers"]), 1 / ratio(seconds["linear layers"], seconds["ours"])
+            times, share = ratio(seconds["ours"], seconds["transformers"]), ratio(seconds["ours"], seconds["linear layers"])
             rows.append([name, str(batch), *(spread(rate) for rate in rates.values()), f"{times:.2f}", f"{share:.0%}"])
             found[f"{name} batch {batch}"] = rates | {"ours / transformers": times, "ours / linear layers": share}
     print_table(["model", "batch", "ours, tokens/s", "transformers", "linear layers alone", "ours / transformers",
