@@ -410,7 +410,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     if temperature < 0 or not 0 < top_p <= 1:
         raise ModelError(f"temperature {temperature} must not be below 0, and top_p {top_p} must be above 0 and at most 1")
     rows = range(len(prompts)) if rows is None else rows
-    sharded = hasattr(model.tok_embeddings.weight, "device_mesh")  # what FSDP gathers in inference mode can't be trained on
+    sharded = hasattr(model, "reshard")  # by FSDP: what it gathers in inference mode can't be trained on
     results: list = [None] * (len(prompts) * n_samples)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
     group = max(1, batch_size // n_samples)
