@@ -51,21 +51,24 @@ class Settings(Common):
     lr: float | None = None  # peak learning rate | 2e-5
     batch_size: int | None = None  # rows of a step, over all ranks | 64
     seq_len: int | None = None  # tokens of a row | 4096
+    adam_eps: float | None = None  # ε of AdamW: gradients far below it hardly move a weight | 1e-5, in pretraining
     isolate: bool = True  # keep the dialogues of a row apart, by mask and positions; the paper does not say
     world: int | None = None  # seed of the tiny world; by default that of --init
     skip_bad_rows: bool = False  # count rows that are no dialogue and go on, instead of stopping at the first
-    dialogs: int = 6000  # dialogues of the tiny world | 27,540 annotations
+    dialogs: int = 20000  # dialogues of the tiny world | 27,540 annotations
     noise: float = 0.0  # share of bad answers among them (quality or quantity, §3.1)
     safety: float = 0.06  # share of unsafe prompts among them, all refused (§4.2.2)
     sample_tokens: int | None = None  # longest answer of a sample at an evaluation; 0: none (they need the whole model)
 
     BY_PRESET: ClassVar[dict[str, dict]] = {
-        name: dict(lr=2e-5, batch_size=64, micro_batch=1, seq_len=min(4096, config.max_seq_len), epochs=2, eval_every=100,
-                   save_every=100, checkpointing=True, sample_tokens=0)
+        name: dict(lr=2e-5, batch_size=64, micro_batch=1, seq_len=min(4096, config.max_seq_len), epochs=2, adam_eps=1e-5,
+                   eval_every=100, save_every=100, checkpointing=True, sample_tokens=0)
         for name, config in PRESETS.items() if not name.startswith("toy")
     } | {
-        name: dict(lr=lr, batch_size=8, micro_batch=8, seq_len=256, epochs=3, eval_every=10**6, save_every=100,
-                   checkpointing=False, sample_tokens=64)  # toy values: our choice
+        # toy values: our choice. With the paper's ε, Adam blows up the tiny gradients of all that no dialogue mentions to full
+        # steps, and the model forgets what pretraining taught it: README has the figures.
+        name: dict(lr=lr, batch_size=8, micro_batch=8, seq_len=256, epochs=1, adam_eps=1e-3, eval_every=100, save_every=100,
+                   checkpointing=False, sample_tokens=64)
         for name, lr in [("toy-s", 1.5e-3), ("toy", 1e-3), ("toy-m", 7e-4), ("toy-l", 5e-4)]
     }
 
@@ -295,19 +298,20 @@ def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[lis
 def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_tokens: int) -> list[Answer]:
     """Put to a model the test prompts of the tiny world: none of them ever occurs in the dialogues."""
     rng = Random("survey")
-    obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 240, seed=1, split="test")]
+    obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 200, seed=1, split="test")]
     for prompt in obeying:
         prompt["system"] = rng.choice(prompt["constraint"]["texts"])
+    attacked = [p for attack in toy.ATTACKS for p in toy.unsafe_prompts(world, "test", attack)]
     parts = {
         "all": toy.prompts(world, 300, seed=0, split="test"),  # kinds as people ask them
         "fact": toy.every(world, "fact", "test"),
         "sum": toy.every(world, "sum", "test"),
-        "howto": toy.every(world, "howto", "test"),
+        "howto": toy.every(world, "howto", "test")[::2],
         "border": toy.borderline_prompts(world, "test"),
         "system": obeying,
         "unsafe, topics of training": toy.unsafe_prompts(world, "train"),
         "unsafe, new topics": toy.unsafe_prompts(world, "test"),
-        "unsafe, attacked": [p for attack in toy.ATTACKS for p in toy.unsafe_prompts(world, "test", attack)],
+        "unsafe, attacked": rng.sample(attacked, 120),
     }
     asked = [(part, prompt) for part, prompts in parts.items() for prompt in prompts]
     answers = chat_answers(model, tokenizer, [toy_messages(prompt) for _, prompt in asked], max_new_tokens)
@@ -409,7 +413,7 @@ def main(settings: Settings) -> None:
             return figures
 
         batch_at = lambda step: rows.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
-        optimizer, settings = adamw(model, settings.weight_decay), replace(settings, warmup=warmup)
+        optimizer, settings = adamw(model, settings.weight_decay, settings.adam_eps), replace(settings, warmup=warmup)
         train(model, optimizer, batch_at, lm_loss, settings, ranks, steps, evaluate)
         if ranks.rank == 0:
             report(out)
