@@ -883,6 +883,11 @@ def parent_of(folder: str) -> Parent:
     return Parent(config, tokenizer, key, lambda model: set_weights(model, weight_of))
 
 
+def world_of(folder: str) -> int:
+    """The seed of the tiny world that a run of ours knows; 0 for weights from elsewhere."""
+    return (read_config(folder)["settings"].get("world") or 0) if checkpoints(folder) else 0
+
+
 def save_model(model: Transformer, out: str, tokenizer: str) -> None:
     """Write a plain model as a run of ours with one checkpoint, step-000000, that --init and `load_model` read."""
     if Path(out).exists():

@@ -34,7 +34,7 @@ import toy
 from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint, gathered,
                       interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings, rank_0_first,
-                      read_config, read_lines, replace_file, sources, start, tiny_world, train)
+                      read_lines, replace_file, sources, start, tiny_world, train, world_of)
 from tokenizer import Tokenizer, TokenizerError, dialog_turns
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -296,7 +296,7 @@ def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[lis
 
 
 def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_tokens: int) -> list[Answer]:
-    """Put to a model the test prompts of the tiny world: none of them ever occurs in the dialogues."""
+    """Put to a model what no dialogue of the tiny world asks, but for the unsafe topics of training."""
     rng = Random("survey")
     obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 200, seed=1, split="test")]
     for prompt in obeying:
@@ -366,7 +366,7 @@ def main(settings: Settings) -> None:
     if settings.seq_len > parent.config.max_seq_len:
         raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {parent.config.max_seq_len}")
     if settings.world is None:  # the one that the base model knows
-        settings = replace(settings, world=read_config(settings.init).get("settings", {}).get("world", 0))
+        settings = replace(settings, world=world_of(settings.init))
     tokenizer, bad = Tokenizer(parent.tokenizer), [] if settings.skip_bad_rows else None
     made_of = f"world {settings.world}: {settings.dialogs} dialogues, safety {settings.safety}, noise {settings.noise}"
     found = sources(settings.data, {"toy": (lambda: toy_dialogs(settings), made_of)}, lambda file: read_dialogs(file, bad))
@@ -492,13 +492,14 @@ def chat(settings: Chat) -> None:
     system, seed = DEFAULT_SYSTEM if settings.default_system else settings.system, settings.seed
     turns: list[dict] = []
     note = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    if sys.stdin.isatty():
+    in_terminal = sys.stdin.isatty()
+    if in_terminal:
         note(Chat.__doc__)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " * in_terminal).strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            print("\n" * in_terminal, end="")
             return
         command, _, rest = line.partition(" ")
         if command == "/system":
@@ -529,13 +530,13 @@ def chat(settings: Chat) -> None:
 
 def stream_answer(model: Transformer, tokenizer: Tokenizer, tokens: list[int], settings: Chat, seed: int) -> str:
     """Print an answer as it comes and return it; Ctrl-C cuts it short."""
-    stream, said = tokenizer.stream(), []
+    stream, said = tokenizer.stream(), ""
 
     def show(text: str) -> None:
-        text = text if said else text.lstrip()
-        if text:
-            said.append(text)
-            print(text, end="", flush=True)
+        nonlocal said
+        whole = said + text if said else text.lstrip()
+        print(whole.rstrip()[len(said.rstrip()) :], end="", flush=True)  # white space waits for what follows it
+        said = whole
 
     try:
         generate(model, [tokens], settings.max_new_tokens, settings.temperature, settings.top_p, (tokenizer.eos_id,), seed,
@@ -544,7 +545,7 @@ def stream_answer(model: Transformer, tokenizer: Tokenizer, tokens: list[int], s
         pass
     show(stream.flush())
     print()
-    return "".join(said).strip()
+    return said.strip()
 
 
 if __name__ == "__main__":
