@@ -66,6 +66,7 @@ class Common:
     steps: int | None = None  # stop after so many steps, and end the schedule there; else after all epochs
     lr: float | None = None  # peak learning rate | 3e-4 (7B, 13B), 1.5e-4 (34B, 70B)
     warmup: int | None = None  # steps of linear warm-up | 2000
+    lr_floor: float = 0.1  # where the cosine ends, a share of the peak | 0.1
     batch_size: int | None = None  # rows of a step, over all ranks | 1024, which is 4M tokens
     micro_batch: int | None = None  # rows of one forward pass on one rank
     seq_len: int | None = None  # tokens of a row | 4096 (Llama 1: 2048)
@@ -160,7 +161,7 @@ def parse(cls: type, argv: list[str] | None = None):
         value = getattr(settings, name, None)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be a number above 0, not {value}")
-    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay"):
+    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
     if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
@@ -1108,7 +1109,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
             batches = upcoming.result()
             if step < steps:
                 upcoming = ahead.submit(batch_at, step)  # read while the device computes
-            lr = settings.lr * cosine_schedule(step - 1, steps, settings.warmup)
+            lr = settings.lr * cosine_schedule(step - 1, steps, settings.warmup, settings.lr_floor)
             figures = optimizer_step(model, optimizer, batches, loss_fn, lr, settings.grad_clip, ranks, bool(caught))
             bad = 0 if figures.pop("finite") else bad + 1
             skipped += bad > 0

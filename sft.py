@@ -49,6 +49,7 @@ class Settings(Common):
     data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of dialogues, .json or .jsonl (.gz); `toy`
     epochs: int | None = None  # passes over the dialogues | 2
     lr: float | None = None  # peak learning rate | 2e-5
+    lr_floor: float | None = None  # where the cosine ends, a share of the peak | not stated; 0.1 in pretraining
     batch_size: int | None = None  # rows of a step, over all ranks | 64
     seq_len: int | None = None  # tokens of a row | 4096
     adam_eps: float | None = None  # ε of AdamW: gradients far below it hardly move a weight | 1e-5, in pretraining
@@ -61,14 +62,14 @@ class Settings(Common):
     sample_tokens: int | None = None  # longest answer of a sample at an evaluation; 0: none (they need the whole model)
 
     BY_PRESET: ClassVar[dict[str, dict]] = {
-        name: dict(lr=2e-5, batch_size=64, micro_batch=1, seq_len=min(4096, config.max_seq_len), epochs=2, adam_eps=1e-5,
-                   eval_every=100, save_every=100, checkpointing=True, sample_tokens=0)
+        name: dict(lr=2e-5, batch_size=64, micro_batch=1, seq_len=min(4096, config.max_seq_len), epochs=2, lr_floor=0.1,
+                   adam_eps=1e-5, eval_every=100, save_every=100, checkpointing=True, sample_tokens=0)
         for name, config in PRESETS.items() if not name.startswith("toy")
     } | {
         # toy values: our choice. With the paper's ε, Adam blows up the tiny gradients of all that no dialogue mentions to full
         # steps, and the model forgets what pretraining taught it: README has the figures.
-        name: dict(lr=lr, batch_size=8, micro_batch=8, seq_len=256, epochs=1, adam_eps=1e-3, eval_every=100, save_every=100,
-                   checkpointing=False, sample_tokens=64)
+        name: dict(lr=lr, lr_floor=0.0, batch_size=8, micro_batch=8, seq_len=256, epochs=1, adam_eps=1e-3, eval_every=100,
+                   save_every=100, checkpointing=False, sample_tokens=64)
         for name, lr in [("toy-s", 1.5e-3), ("toy", 1e-3), ("toy-m", 7e-4), ("toy-l", 5e-4)]
     }
 
