@@ -746,7 +746,8 @@ def collect(settings: Collect) -> None:
     if settings.prompts and settings.annotator == "toy":
         raise InputError("the rules of the tiny world can't judge answers to other prompts; add --annotator person")
     axes = ("helpfulness", "safety") if settings.axis == "both" else (settings.axis,)
-    folders = {axis: [settings.a, *filter(None, [settings.b or "out/pretrain" * (axis == "safety")])] for axis in axes}
+    second = {axis: settings.b or ("out/pretrain" if axis == "safety" else settings.a) for axis in axes}
+    folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two
     ranks = start(settings)
     with locked(settings.out, ranks):
         out, data = Path(settings.out), {folder: speaker_fingerprint(folder) for folder in sum(folders.values(), [])}

@@ -364,7 +364,7 @@ def test_the_safety_loss_gives_scores_their_zero(tmp_path, chat, files):
 
 
 def test_a_missing_file_is_a_sentence_with_the_command_that_makes_it(tmp_path, chat):
-    result = launch("--init", chat, "--helpfulness", tmp_path / "none.jsonl", "--out", tmp_path / "out")
+    result = launch("--init", chat, "--helpfulness", tmp_path / "none.jsonl", "--seq_len", "128", "--out", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "there is no such file" in result.stderr and "python reward.py collect" in result.stderr
 
