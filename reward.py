@@ -11,6 +11,7 @@ A comparison is {"prompt": text or messages, "chosen": text, "rejected": text, "
 of SAFETY}; rating and safety may be missing. Scores are raw logits, read at an answer's last token; a sigmoid puts them
 into (0, 1), as the paper draws them. Read in this order: losses, the model, comparisons, training, evaluation, collecting.
 """
+import importlib.util
 import json
 import math
 import os
@@ -19,9 +20,10 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 from random import Random
 from typing import ClassVar, NamedTuple
@@ -36,8 +38,8 @@ from tqdm import tqdm
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Ranks, adamw, build, command_line, cpu_group, file_fingerprint, interval,
-                      locked, open_run, parent_of, permute, print_settings, read_config, read_lines, replace_file, set_weights,
-                      start, tiny_world, train)
+                      load_model, locked, open_run, parent_of, permute, print_settings, read_config, read_lines, replace_file,
+                      set_weights, start, tiny_world, train)
 from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
 
 RATINGS = tuple(toy.RATINGS)  # significantly better, better, slightly better, negligibly better (or unsure); §3.2.1
@@ -492,13 +494,14 @@ def measure(scores: np.ndarray, pairs: list[dict], lengths: np.ndarray) -> dict:
 def print_measures(measures: dict[str, dict]) -> None:
     """A line for each model on a test set: accuracy in percent over all (with its interval) and by group, and the rest."""
     groups = [group for group in (*RATINGS, *SAFETY) if any(group in found["accuracy"] for found in measures.values())]
-    short = [group.removesuffix(" better").removesuffix("ly") for group in groups]  # significant, better, slight, negligib
-    print(f"{'accuracy in %':36} {'all':>5} 95 % interval" + "".join(f"{name:>13}" for name in (*short, "longer", "unsafe recall")))
+    short = [group.removesuffix(" better")[:11] for group in groups]
+    short += ["longer", "recall"]
+    print(f"{'accuracy in %':36} {'all':>5} 95 % interval" + "".join(f"{title:>12}" for title in short))
     for name, found in measures.items():
         _, mean, low, high = found["accuracy"]["all"]
         cells = [found["accuracy"].get(group, [0, None])[1] for group in groups] + [found["longer"], found.get("recall")]
         shown = ["-" if cell is None else f"{100 * cell:.1f}" for cell in cells]
-        print(f"{name:36} {100 * mean:5.1f} {f'{100 * low:.1f} … {100 * high:.1f}':>13}" + "".join(f"{cell:>13}" for cell in shown))
+        print(f"{name:36} {100 * mean:5.1f} {100 * low:5.1f} … {100 * high:5.1f}" + "".join(f"{cell:>12}" for cell in shown))
 
 
 def score_pairs(model: nn.Module, pairs: list[Pair], ranks: Ranks | None = None) -> np.ndarray:
@@ -613,6 +616,118 @@ def main(settings: Settings) -> None:
         if ranks.rank == 0:
             print_measures({f"{settings.kind}, held-out prompts": json.loads((out / "accuracy.json").read_text())})
             print(f"model and metrics are in {out}")
+
+
+# ---------------------------------------------------------------------------------------------- several models compared
+
+
+class Judged(NamedTuple):
+    """A reward model on a test set: the comparisons, the raw scores of both answers (pairs, 2), their lengths in tokens."""
+    pairs: list[dict]
+    scores: np.ndarray
+    lengths: np.ndarray
+
+
+def evaluate(settings: Eval) -> None:
+    """Print accuracies of every model on every test set, and draw the paper's figures into --out."""
+    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    tests = {name: read_named(files) for name, files in (("helpfulness", settings.helpfulness), ("safety", settings.safety))}
+    judged, configs = {}, {}
+    for run in settings.runs:
+        model, tokenizer, configs[run] = load_model(run, RewardModel)
+        model.to(device)
+        for test, pairs in tests.items():
+            kept, encoded, _ = encode_pairs(pairs, tokenizer, model.config.max_seq_len, "none")
+            judged[run, test] = Judged(kept, score_pairs(model, encoded), answer_lengths(encoded))
+    measures = {f"{run} on {test}": measure(found.scores, found.pairs, found.lengths) for (run, test), found in judged.items()}
+    print_measures(measures)
+    for name, found in measures.items():
+        z, p = found.get("trend", (0, 1))
+        print(f"{name}: accuracy rises with the rating, z = {z:.1f}, p = {p:.2g}")
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "rewards.json", json.dumps(measures, indent=1).encode())
+    draw(judged, configs, measures, out)
+
+
+def true_scores(pairs: list[dict], axis: str) -> np.ndarray | None:
+    """What the rules of the tiny world say of both answers, without noise: (pairs, 2); None if the pairs are not of it."""
+    if not all("slots" in pair.get("about", {}) for pair in pairs):
+        return None
+    rule = {"helpfulness": toy.helpfulness, "safety": toy.safety}[axis]
+    return np.array([[rule(tiny_world(pair["about"]["world"]), pair["about"], pair[side]) for side in ("chosen", "rejected")]
+                     for pair in pairs])
+
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which colour-blind readers can tell apart
+
+
+def sigmoid(scores: np.ndarray) -> np.ndarray:
+    """Scores in (0, 1), as the paper draws them."""
+    return 1 / (1 + np.exp(-scores))
+
+
+@contextmanager
+def picture(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator:
+    """Axes to draw on; the picture is written when the block ends."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    yield axes
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def whiskers(axes, x: list[float], intervals: list[tuple], colour: str, label: str) -> None:
+    """Means with their 95 % intervals, joined by a line. intervals: (mean, low, high) of each x."""
+    mean, low, high = np.array(intervals).T
+    axes.errorbar(x, mean, [mean - low, high - mean], fmt="o-", ms=4, capsize=2, color=colour, label=label)
+
+
+def draw(judged: dict, configs: dict, measures: dict, out: Path) -> None:
+    """The pictures: histograms, calibration, accuracy by data and model size, and the tension between two models."""
+    if not importlib.util.find_spec("matplotlib"):
+        print("no pictures: `pip install matplotlib` draws them")
+        return
+    kinds = {run: config["settings"]["kind"] for run, config in configs.items()}
+    own = {run: "safety" if kind == "safety" else "helpfulness" for run, kind in kinds.items()}
+    colours = dict(zip(kinds, cycle(COLOURS)))
+
+    with picture(out / "scores.png", "Scores on the own test set (Figure 27)", "score after the sigmoid", "density") as axes:
+        for run in kinds:
+            axes.hist(sigmoid(judged[run, own[run]].scores.ravel()), np.linspace(0, 1, 51), density=True, histtype="step",
+                      color=colours[run], label=f"{run}, margin {configs[run]['settings']['margin']}")
+
+    with picture(out / "calibration.png", "Calibration (Figure 29)", "true score, tenths of the answers", "mean score") as axes:
+        for run in kinds:
+            found = judged[run, own[run]]
+            truth = true_scores(found.pairs, own[run])
+            if truth is not None:
+                tenths = np.array_split(np.argsort(truth.ravel(), kind="stable"), 10)
+                whiskers(axes, [truth.ravel()[part].mean() for part in tenths],
+                         [interval(sigmoid(found.scores.ravel()[part])) for part in tenths], colours[run], run)
+
+    with picture(out / "scaling.png", "Data and model size (Figure 6)", "pairs to train on", "accuracy on the own test set") as axes:
+        curves: dict[str, list] = {}
+        for run, config in configs.items():
+            _, *figures = measures[f"{run} on {own[run]}"]["accuracy"]["all"]
+            curves.setdefault(f"{kinds[run]}, dim {config['model']['dim']}", []).append((config["pairs"], figures))
+        for (name, points), colour in zip(curves.items(), cycle(COLOURS)):
+            whiskers(axes, *zip(*sorted(points)), colour, name)
+        axes.set_xscale("log")
+
+    helper, guard = (next((run for run in kinds if kinds[run] == kind), None) for kind in ("helpfulness", "safety"))
+    if helper and guard:
+        labels = np.array([SAFETY.get(pair["safety"], (0, 0)) for pair in judged[guard, "safety"].pairs])  # (pairs, 2)
+        title = "Answers of the safety test set (Figure 32)"
+        with picture(out / "tension.png", title, f"score of {guard}", f"score of {helper}") as axes:
+            for label, name, colour in ((1, "safe answers", COLOURS[0]), (-1, "unsafe answers", COLOURS[1])):
+                x, y = (sigmoid(judged[run, "safety"].scores[labels == label]) for run in (guard, helper))
+                axes.scatter(x, y, s=4, alpha=0.4, color=colour, label=name)
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -853,7 +968,7 @@ def write_pairs(rows: list[dict], labels: list[dict], file: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- the command line
 
-COMMANDS = {"collect": (collect, Collect), "stats": (stats, Stats)}
+COMMANDS = {"collect": (collect, Collect), "stats": (stats, Stats), "eval": (evaluate, Eval)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
