@@ -711,7 +711,7 @@ def draw(judged: dict, configs: dict, measures: dict, out: Path) -> None:
                 whiskers(axes, [truth.ravel()[part].mean() for part in tenths],
                          [interval(sigmoid(found.scores.ravel()[part])) for part in tenths], colours[run], run)
 
-    with picture(out / "scaling.png", "Data and model size (Figure 6)", "pairs to train on", "accuracy on the own test set") as axes:
+    with picture(out / "scaling.png", "Data and model size (Figure 6)", "pairs to train on", "accuracy, own test set") as axes:
         curves: dict[str, list] = {}
         for run, config in configs.items():
             _, *figures = measures[f"{run} on {own[run]}"]["accuracy"]["all"]
