@@ -20,7 +20,7 @@ import torch
 
 import toy
 from model import IGNORE, Transformer, generate
-from pretrain import InputError, command_line, interval, load_model, replace_file
+from pretrain import InputError, command_line, interval, load_model, read_config, replace_file
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- likelihoods
@@ -149,20 +149,29 @@ def table(header: list[str], rows: list[list]) -> str:
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def pretrain_section(run: Path) -> str:
+def picture(path: Path, alt: str) -> str:
+    """A PNG file inside the page, or nothing if it was not drawn."""
+    image = base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
+    return f"<img alt='{alt}' src='data:image/png;base64,{image}'>" if image else ""
+
+
+def samples(run: Path) -> list[str]:
+    """What the run said at its first evaluation and at its last."""
+    path = run / "samples.txt"
+    evaluations = path.read_text().split("--- step ")[1:] if path.exists() else []
+    return [f"<pre>step {html.escape(text)}</pre>" for text in evaluations[:: max(1, len(evaluations) - 1)]]
+
+
+def pretrain_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one pretraining run: Figure 5's curve, perplexities, knowledge, samples."""
-    config = json.loads((run / "config.json").read_text())
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = metrics[-1]
-    settings = config["settings"]
     parts = [f"<h2>Pretraining, {html.escape(str(run))} (§2)</h2>",
-             f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s ({last['tokens'] / last['seconds']:,.0f} tokens/s); "
+             f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s "
+             f"({last['tokens'] / max(last['seconds'], 1e-3):,.0f} tokens/s); "
              f"data {html.escape(' '.join(settings['data']))}; preset {settings['preset']}. "
-             f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>"]
-    if (run / "loss.png").exists():
-        image = base64.b64encode((run / "loss.png").read_bytes()).decode()
-        parts.append("<p>The held-out losses should fall with the training loss: nothing is read often enough to be learnt "
-                     f"by heart.</p><img alt='loss against tokens' src='data:image/png;base64,{image}'>")
+             f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>",
+             "<p>The held-out losses should fall with the training loss: nothing is read often enough to be learnt by heart.</p>",
+             picture(run / "loss.png", "loss against tokens")]
     names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
     rows = []
     for name in names:
@@ -176,11 +185,27 @@ def pretrain_section(run: Path) -> str:
         parts.append(table(["asked of facts with a myth", "mean", "95 % interval"], [
             [name, f"{found[key][0]:.3f}", f"{found[key][1]:.3f} … {found[key][2]:.3f}"]
             for key, name in (("p_true", "P(true) of {true, myth}"), ("right", "greedy answer is true"))]))
-    samples = (run / "samples.txt").read_text().split("--- step ") if (run / "samples.txt").exists() else [""]
-    if samples[-1]:
-        parts.append("<p>What it says, at the first evaluation and at the last:</p>")
-        parts += [f"<pre>step {html.escape(text)}</pre>" for text in (samples[1], samples[-1])]
-    return "\n".join(parts)
+    return [*parts, "<p>What it says, at the first evaluation and at the last:</p>", *samples(run)]
+
+
+def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on one supervised fine-tuning: the survey before and after, the loss on answers, samples."""
+    first, last = metrics[0], metrics[-1]
+    surveyed = {name: "{:.3f}  [{:.3f}, {:.3f}]" for name, value in last.items() if isinstance(value, list)}
+    return [f"<h2>Supervised fine-tuning, {html.escape(str(run))} (§3.1)</h2>",
+            f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s; data {html.escape(' '.join(settings['data']))}, "
+            f"{settings['epochs']} epochs, dialogues {'kept apart' if settings['isolate'] else 'not kept apart'}. "
+            "<span class=note>The paper: 27,540 annotations, two epochs.</span></p>",
+            "<p>The base model has never been asked anything; afterwards it should answer in the right form, with the facts that "
+            "pretraining taught it, obey its system prompt and refuse what is unsafe. None of these prompts was trained on.</p>",
+            table(["asked of the tiny world", "before", "after"],
+                  [[name, *(form.format(*row[name]) for row in (first, last))] for name, form in surveyed.items()]),
+            "<p>The loss on the answers of held-out dialogues should fall, and not rise again:</p>",
+            picture(run / "loss.png", "loss on answers against answer tokens"),
+            "<p>The same prompts, answered before and after:</p>", *samples(run)]
+
+
+SECTIONS = {"pretrain": pretrain_section, "sft": sft_section}  # in the paper's order
 
 
 @dataclass(frozen=True)
@@ -196,7 +221,13 @@ def report(settings: Report) -> None:
     runs = sorted(path.parent for path in Path(settings.out).glob("*/metrics.jsonl") if path.stat().st_size)
     if not runs:
         raise InputError(f"{settings.out}: there is no finished run to report on; `bash paper.sh` makes them")
-    sections = [pretrain_section(run) for run in runs]
+    sections = []
+    for stage, section in SECTIONS.items():
+        for run in runs:
+            config = read_config(run)
+            if config["stage"] == stage:
+                metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+                sections += section(run, config["settings"], metrics)
     page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>Llama 2, small</title><style>{STYLE}</style><h1>Llama 2, from raw text, small</h1>"
             f"<p class=note>Made {time.strftime('%Y-%m-%d %H:%M')} by <code>python eval.py report</code>.</p>")

@@ -16,12 +16,13 @@ copy it away.
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -480,6 +481,7 @@ def with_vocab(config: ModelConfig, vocab_size: int) -> ModelConfig:
 
 # ---------------------------------------------------------------------------------------------- weights in and out
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # what weights may be stored in
 HF_NAMES = {  # released name → transformers' name, inside a layer and outside
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
@@ -501,7 +503,7 @@ def swap_rope_layout(weight: Tensor, head_dim: int, to_hf: bool) -> Tensor:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file of weights; ModelError if it is missing or none."""
+    """A JSON object from a folder of weights; ModelError if it is missing or none."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -511,110 +513,160 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def meta_weights(folder: str | Path, max_seq_len: int = 4096) -> tuple[ModelConfig, Callable]:
-    """Meta's release (params.json, consolidated.NN.pth): the config, and weight_of(name, shape) → one whole parameter.
-
-    Files are memory-mapped and read with weights_only, so nothing is executed and no process holds more than a parameter.
-    """
-    folder = Path(folder)
-    params = read_json(folder / "params.json")
-    files = sorted(folder.glob("consolidated.*.pth"))
-    if not files or [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
-        raise ModelError(f"{folder}: consolidated.00.pth and its successors are not all there: {[f.name for f in files]}")
-    shards = []
-    for file in files:
-        try:
-            shards.append(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-        except Exception as error:  # torch raises many kinds for a file that is cut short or holds code
-            raise ModelError(f"{file}: is no file of weights alone ({type(error).__name__}); fetch it again") from None
-
-    def whole(name: str, shape: tuple | None) -> Tensor:
-        """The parts of a parameter, joined along the dimension in which they are too short, or any if all are whole."""
-        try:
-            parts = [shard[name] for shard in shards]
-        except KeyError:
-            raise ModelError(f"{folder}: the weights lack {name}; is a shard missing?") from None
-        if shape is None or parts[0].shape == torch.Size(shape):
-            return parts[0]
-        for dim in range(len(shape)):
-            if sum(part.shape[dim] for part in parts) == shape[dim]:
-                return torch.cat(parts, dim)
-        raise ModelError(f"{folder}: {len(parts)} shards of {name} {tuple(parts[0].shape)} do not make {tuple(shape)}; "
-                         "is a shard missing?")
-
-    dim, n_heads = params["dim"], params["n_heads"]
-    config = ModelConfig(dim, params["n_layers"], n_heads, params.get("n_kv_heads") or n_heads,
-                         ffn_hidden=len(whole("layers.0.feed_forward.w1.weight", None)) * len(shards),
-                         vocab_size=len(whole("output.weight", None)) * len(shards), max_seq_len=max_seq_len,
-                         norm_eps=params.get("norm_eps", 1e-5), rope_theta=params.get("rope_theta", 10000.0))
-    return config, whole
-
-
-def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
-    """A Hugging Face folder of safetensors: the config, and weight_of(name, shape) → one whole parameter, our layout.
-
-    A tied output is copied. Raises ModelError for what a Llama 2 does not have: another head size, scaled rotary
-    positions, biases, another architecture.
-    """
-    safetensors = import_safetensors()
-    folder = Path(folder)
-    hf = read_json(folder / "config.json")
-    dim, n_heads = hf.get("hidden_size", 0), hf.get("num_attention_heads", 1)
-    rope = hf.get("rope_parameters") or {}
-    head_dim = hf.get("head_dim") or dim // n_heads
-    refused = {
-        f"is a {hf.get('model_type')} model": hf.get("model_type") != "llama",
-        f"has heads of {head_dim}, not of dim / heads = {dim // n_heads},": head_dim * n_heads != dim,
-        "scales its rotary positions": hf.get("rope_scaling") or rope.get("rope_type", "default") != "default",
-        "has biases": hf.get("attention_bias") or hf.get("mlp_bias"),
-    }
-    for what in (what for what, is_so in refused.items() if is_so):
-        raise ModelError(f"{folder}/config.json {what}, which a Llama 2 does not; it can't be read as one")
-    config = ModelConfig(dim, hf["num_hidden_layers"], n_heads, hf.get("num_key_value_heads", n_heads), hf["intermediate_size"],
-                         hf["vocab_size"], hf.get("max_position_embeddings", 4096), hf.get("rms_norm_eps", 1e-5),
-                         rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    index = folder / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    where = {}
-    for file in files:
-        if Path(file).name != file:
-            raise ModelError(f"{index}: {file} lies outside the folder")
-        try:
-            opened = safetensors.safe_open(folder / file, "pt")
-        except Exception as error:  # its own kinds of error, for a missing, cut or absurd file
-            raise ModelError(f"{folder / file}: is no whole safetensors file ({error}); fetch it again") from None
-        where |= {name: opened for name in opened.keys()}
-
-    def weight_of(name: str, shape: tuple) -> Tensor:
-        wanted = hf_name(name)
-        if wanted == "lm_head.weight" and wanted not in where:
-            wanted = "model.embed_tokens.weight"  # tied
-        if wanted not in where:
-            raise ModelError(f"{folder}: the weights lack {wanted}; is a file missing?")
-        weight = where[wanted].get_tensor(wanted)
-        if weight.shape != torch.Size(shape):
-            raise ModelError(f"{folder}: {wanted} has shape {tuple(weight.shape)}, not {tuple(shape)}")
-        return swap_rope_layout(weight, config.head_dim, to_hf=False) if name.endswith(("wq.weight", "wk.weight")) else weight
-
-    return config, weight_of
+def number(path: Path, values: dict, key: str, kind: type = int, default: float | None = None) -> int | float:
+    """A sound number of a JSON file, or the default if it is missing; ModelError names the file and the key."""
+    value = default if values.get(key) is None else values[key]
+    if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value < (2**24 if kind is int else 1e12):
+        raise ModelError(f"{path}: {key} is {value!r:.60}, not a number above 0 that makes sense; fetch the file again")
+    return value
 
 
 def import_safetensors():
     """The safetensors package, or a sentence on how to get it."""
     try:
-        import safetensors
         import safetensors.torch
     except ImportError:
         raise ModelError("Hugging Face folders need safetensors: pip install safetensors") from None
-    return safetensors
+    return safetensors.torch
 
 
-def load_weights(config: ModelConfig, weight_of: Callable, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A plain model with the weights of a reader."""
+def open_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth or .bin file by name, memory-mapped, without rotary tables (computed here).
+
+    Nothing that is hidden in a file is executed. Raises ModelError if it is cut short, or holds other than plain weights.
+    """
+    options = dict(map_location="cpu", mmap=True, weights_only=True)
+    read = import_safetensors().load_file if file.suffix == ".safetensors" else partial(torch.load, **options)
+    try:
+        found = read(file)
+    except Exception as error:  # many kinds, for a file that is missing, cut, absurd, or holds code
+        raise ModelError(f"{file}: is no whole file of weights alone ({type(error).__name__}); fetch it again") from None
+    if not isinstance(found, dict) or not all(isinstance(w, Tensor) and isinstance(name, str) for name, w in found.items()):
+        raise ModelError(f"{file}: holds other things than tensors by name; save the model's state_dict alone")
+    for name, weight in found.items():
+        if weight.dtype not in DTYPES.values():
+            raise ModelError(f"{file}: {name} is stored as {weight.dtype}; fetch the model unquantised, in fp32, bf16 or fp16")
+    return {name: weight.detach() for name, weight in found.items() if not name.endswith(("rope.freqs", "rotary_emb.inv_freq"))}
+
+
+def whole_weights(folder: Path, config: ModelConfig, shards: list[dict[str, Tensor]], name_in: Callable[[str], str]) -> Callable:
+    """weight_of(name, shape) → one whole parameter, after a check that the shards hold those of `config` and no others.
+
+    Each shard holds an equal part of a parameter, cut along any dimension, or all of it. name_in(name): its name there.
+    """
+    found = set().union(*shards)
+    numbers = re.findall(r"^(?:model\.)?layers\.(\d{1,9})\.", "\n".join(found), re.M)
+    held = 1 + max(map(int, numbers), default=-1)
+    if held != config.n_layers:  # asked before a model of however many layers is built
+        raise ModelError(f"{folder}: the weights have {held} layers, not {config.n_layers} as is written beside them; "
+                         "is a file missing, or changed?")
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
+    if strange := sorted(found - {name_in(name) for name in shapes}):
+        raise ModelError(f"{folder}: the weights have {strange[0]}, which a Llama 2 does not; they can't be read as one")
+    cut = {}  # name → the dimension along which the shards cut it, None where each holds all of it
+    for name, shape in shapes.items():
+        if not all(name_in(name) in shard for shard in shards):
+            raise ModelError(f"{folder}: the weights lack {name_in(name)}; is a file missing?")
+        parts = {tuple(shard[name_in(name)].shape) for shard in shards}
+        ways = {(*shape[:d], size / len(shards), *shape[d + 1:]): d for d, size in enumerate(shape)} | {shape: None}
+        if len(parts) > 1 or not parts <= set(ways):
+            raise ModelError(f"{folder}: {name_in(name)} has shape {' and '.join(map(str, parts))} in {len(shards)} files, "
+                             f"which does not make {shape}; is one missing?")
+        cut[name] = ways[parts.pop()]
+
+    def weight_of(name: str, shape: tuple) -> Tensor:
+        parts = [shard[name_in(name)] for shard in shards]
+        return parts[0] if cut[name] is None else torch.cat(parts, cut[name])
+
+    return weight_of
+
+
+def meta_weights(folder: str | Path, max_seq_len: int = 4096) -> tuple[ModelConfig, Callable]:
+    """Meta's release (params.json, consolidated.NN.pth): the config, and weight_of(name, shape) → one whole parameter.
+
+    Raises ModelError for a release that is damaged, or no Llama 2.
+    """
+    folder = Path(folder)
+    path = folder / "params.json"
+    params = read_json(path)
+    if params.get("use_scaled_rope"):
+        raise ModelError(f"{path} scales its rotary positions (Llama 3.1), which a Llama 2 does not; it can't be read as one")
+    files = sorted(folder.glob("consolidated.*.pth"))
+    if not files or [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
+        raise ModelError(f"{folder}: consolidated.00.pth and its successors are not all there: {[f.name for f in files]}")
+    shards = [open_weights(file) for file in files]
+    first = [shards[0].get(name) for name in ("layers.0.feed_forward.w1.weight", "output.weight")]
+    if any(weight is None or weight.ndim != 2 for weight in first):
+        raise ModelError(f"{files[0]}: lacks the matrices of the first layer and of the output; fetch it again")
+    ffn_hidden, vocab_size = (len(weight) * len(shards) for weight in first)  # params.json leaves them open
+    n_heads = number(path, params, "n_heads")
+    config = ModelConfig(number(path, params, "dim"), number(path, params, "n_layers"), n_heads,
+                         number(path, params, "n_kv_heads", default=n_heads), ffn_hidden, vocab_size, max_seq_len,
+                         number(path, params, "norm_eps", float, 1e-5), number(path, params, "rope_theta", float, 10000.0))
+    return config, whole_weights(folder, config, shards, lambda name: name)
+
+
+def hf_files(folder: Path) -> list[Path]:
+    """The files of weights of a Hugging Face folder: safetensors, or else pytorch_model.bin."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
+                raise ModelError(f"{index}: has no weight_map from names to files of this folder; fetch it again")
+            return [folder / file for file in sorted(set(weight_map.values()))]
+        if (folder / single).exists():
+            return [folder / single]
+    raise ModelError(f"{folder}: has neither model.safetensors nor pytorch_model.bin; is a file missing?")
+
+
+def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
+    """A Hugging Face folder: the config, and weight_of(name, shape) → one whole parameter in our layout.
+
+    A tied output is the embedding again. Raises ModelError for what a Llama 2 does not have: another head size, scaled
+    rotary positions, biases, quantised weights, another architecture.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    hf = read_json(path)
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    plain_rope = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+    for what, is_so in {
+        f"is a {hf.get('model_type')} model": hf.get("model_type") != "llama",
+        "scales its rotary positions": not plain_rope,
+        "has biases": hf.get("attention_bias") or hf.get("mlp_bias"),
+        f"has {hf.get('hidden_act')} in place of silu": hf.get("hidden_act", "silu") != "silu",
+        "is quantised": hf.get("quantization_config"),
+    }.items():
+        if is_so:
+            raise ModelError(f"{path} {what}, which a Llama 2 does not; it can't be read as one")
+    dim, n_heads = number(path, hf, "hidden_size"), number(path, hf, "num_attention_heads")
+    if number(path, hf, "head_dim", float, dim / n_heads) != dim / n_heads:
+        raise ModelError(f"{path} has heads of {hf['head_dim']}, not {dim} / {n_heads}; it can't be read as a Llama 2")
+    config = ModelConfig(  # what is missing has the value that transformers gives it
+        dim, number(path, hf, "num_hidden_layers"), n_heads, number(path, hf, "num_key_value_heads", default=n_heads),
+        number(path, hf, "intermediate_size"), number(path, hf, "vocab_size"),
+        number(path, hf, "max_position_embeddings", default=2048), number(path, hf, "rms_norm_eps", float, 1e-6),
+        number(path, hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}, "rope_theta", float, 10000.0))
+    weights = {name: weight for file in hf_files(folder) for name, weight in open_weights(file).items()}
+    if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    theirs = whole_weights(folder, config, [weights], hf_name)
+
+    def weight_of(name: str, shape: tuple) -> Tensor:
+        weight = theirs(name, shape)
+        return swap_rope_layout(weight, config.head_dim, to_hf=False) if name.endswith(("wq.weight", "wk.weight")) else weight
+
+    return config, weight_of
+
+
+def load_weights(config: ModelConfig, weight_of: Callable, dtype: torch.dtype | None = torch.float32) -> Transformer:
+    """A plain model with the weights of a reader; with dtype None in the files' own, not to be trained (it may share memory)."""
     with torch.device("meta"):
         model = Transformer(config)
-    weights = {name: weight_of(name, p.shape).to(dtype).clone() for name, p in model.named_parameters()}
-    model.load_state_dict(weights, assign=True)
+    copied = (lambda weight: weight) if dtype is None else lambda weight: weight.to(dtype, copy=True)
+    model.load_state_dict({name: copied(weight_of(name, p.shape)) for name, p in model.named_parameters()}, assign=True)
     return model
 
 
@@ -628,70 +680,91 @@ def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Transform
     return load_weights(*hf_weights(folder), dtype)
 
 
-def save_hf(model: Transformer, folder: str | Path, dtype: torch.dtype = torch.float32, max_bytes: int = 5 * 10**9) -> None:
-    """Write a folder that transformers and llama.cpp's converter load: config.json and safetensors of at most max_bytes.
+def write_hf(config: ModelConfig, weight_of: Callable, folder: str | Path, dtype: torch.dtype | None = None,
+             max_bytes: int = 5 * 10**9) -> None:
+    """Stream a reader's weights to a folder that transformers and llama.cpp's converter load; dtype None keeps theirs.
 
-    Written aside and renamed. Raises ModelError if the folder exists. The tokenizer's files are the caller's to add.
+    config.json and safetensors of at most max_bytes; about 2.5 times as much is in memory at once. Written aside and renamed.
+    Raises ModelError if the folder exists. The tokenizer's files are the caller's to add.
     """
-    safetensors = import_safetensors()
-    folder, config = Path(folder), model.config
-    if folder.exists() and any(folder.iterdir()):
+    folder, save_file = Path(folder), import_safetensors().save_file
+    if folder.exists():
         raise ModelError(f"{folder} is there already; name a new folder")
     aside = folder.with_name(folder.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    size = torch.finfo(dtype).bits // 8
-    groups, room = [], 0
-    for name, p in model.named_parameters():
-        if p.numel() * size > room or not groups:
-            groups.append([])
-            room = max_bytes
-        groups[-1].append(name)
-        room -= p.numel() * size
-    parameters, weight_map = dict(model.named_parameters()), {}
-    for i, names in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            weight = parameters[name].detach().to(dtype)
-            if name.endswith(("wq.weight", "wk.weight")):
-                weight = swap_rope_layout(weight, config.head_dim, to_hf=True)
-            tensors[hf_name(name)] = weight.contiguous()
-        safetensors.torch.save_file(tensors, aside / file, metadata={"format": "pt"})
-        weight_map |= {name: file for name in tensors}
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(p.numel() for p in parameters.values()) * size}, "weight_map": weight_map}
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
+    files, tensors = [], {}  # the names in each file that is written, what the next one will hold
+
+    def flush() -> None:
+        files.append({name: weight.nbytes for name, weight in tensors.items()})
+        save_file(tensors, aside / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        tensors.clear()
+
+    for name, shape in shapes.items():
+        weight = weight_of(name, shape)
+        if name.endswith(("wq.weight", "wk.weight")):
+            weight = swap_rope_layout(weight, config.head_dim, to_hf=True)
+        weight = weight.to(dtype or weight.dtype, copy=True).contiguous()
+        if tensors and sum(w.nbytes for w in tensors.values()) + weight.nbytes > max_bytes:
+            flush()
+        tensors[hf_name(name)] = weight
+    flush()
+    weight_map = {}
+    for i, names in enumerate(files, 1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        (aside / f"{i}.safetensors").rename(aside / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sum(names.values()) for names in files)}, "weight_map": weight_map}
         (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": config.dim,
           "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
           "num_key_value_heads": config.n_kv_heads, "intermediate_size": config.ffn_hidden, "hidden_act": "silu",
           "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
           "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
-          "torch_dtype": str(dtype).removeprefix("torch.")}
+          "torch_dtype": str(weight.dtype).removeprefix("torch.")}
     (aside / "config.json").write_text(json.dumps(hf, indent=1))
-    if folder.exists():
-        folder.rmdir()
     aside.rename(folder)
 
 
-def mean_pool_kv_heads(model: Transformer, n_kv_heads: int, how: str = "mean", seed: int = 0) -> Transformer:
-    """Turn multi-head attention into grouped-query or multi-query attention (Ainslie et al., 2023, §2.1).
+def reader(model: Transformer) -> Callable:
+    """weight_of(name, shape) of a plain model."""
+    return lambda name, shape: model.get_parameter(name).detach()
+
+
+def save_hf(model: Transformer, folder: str | Path, dtype: torch.dtype | None = None, max_bytes: int = 5 * 10**9) -> None:
+    """A plain model as a folder that transformers and llama.cpp's converter load; see `write_hf`."""
+    write_hf(model.config, reader(model), folder, dtype, max_bytes)
+
+
+def pool_kv_heads(config: ModelConfig, weight_of: Callable, n_kv_heads: int, how: str = "mean",
+                  seed: int = 0) -> tuple[ModelConfig, Callable]:
+    """A reader that turns multi-head attention into grouped-query or multi-query attention (Ainslie et al., 2023, §2.1).
 
     Each group's new key and value head is the mean of its heads, or the `first`, or `random` weights (their Figure 4
     compares the three). Raises ModelError if n_kv_heads does not divide the heads there are.
     """
-    old = model.config
-    if how not in ("mean", "first", "random") or n_kv_heads < 1 or old.n_kv_heads % n_kv_heads:
-        raise ModelError(f"{old.n_kv_heads} key and value heads can't be pooled to {n_kv_heads} by {how}")
-    pooled = Transformer(replace(old, n_kv_heads=n_kv_heads), seed)
-    weights = dict(model.state_dict())
-    for name in weights:
-        if name.endswith(("wk.weight", "wv.weight")):
-            heads = weights[name].unflatten(0, (n_kv_heads, -1, old.head_dim))  # (groups, heads of a group, head_dim, dim)
-            new = {"mean": heads.mean(1), "first": heads[:, 0], "random": pooled.state_dict()[name].view_as(heads[:, 0])}[how]
-            weights[name] = new.flatten(0, 1)
-    pooled.load_state_dict(weights)
-    return pooled
+    if how not in ("mean", "first", "random") or n_kv_heads < 1 or config.n_kv_heads % n_kv_heads:
+        raise ModelError(f"{config.n_kv_heads} key and value heads can't be pooled to {n_kv_heads} by {how}")
+    size = config.n_kv_heads // n_kv_heads  # heads of a group
+
+    def pooled(name: str, shape: tuple) -> Tensor:
+        if not name.endswith(("wk.weight", "wv.weight")):
+            return weight_of(name, shape)
+        old = weight_of(name, (size * shape[0], shape[1]))  # (n_kv_heads · size · head_dim, dim)
+        if how == "random":
+            return initial_weight(name, shape, config.n_layers, seed, old.device).to(old.dtype)
+        heads = old.unflatten(0, (n_kv_heads, size, config.head_dim))  # (n_kv_heads, size, head_dim, dim)
+        return (heads.mean(1) if how == "mean" else heads[:, 0]).flatten(0, 1)
+
+    return replace(config, n_kv_heads=n_kv_heads), pooled
+
+
+def mean_pool_kv_heads(model: Transformer, n_kv_heads: int, how: str = "mean", seed: int = 0) -> Transformer:
+    """A plain model with fewer key and value heads; see `pool_kv_heads`."""
+    return load_weights(*pool_kv_heads(model.config, reader(model), n_kv_heads, how, seed))
 
 
 # ---------------------------------------------------------------------------------------------- the command line
@@ -703,10 +776,8 @@ def read_any(folder: str) -> tuple[ModelConfig, Callable, str]:
     if (here / "params.json").exists():
         return *meta_weights(here), str(here / "tokenizer.model")
     if list(here.glob("step-*")):
-        from pretrain import load_model
-        model, tokenizer, _ = load_model(folder)
-        weights = dict(model.named_parameters())
-        return model.config, lambda name, shape: weights[name].detach(), tokenizer.path
+        from pretrain import stored_weights
+        return *stored_weights(folder), str(here / "tokenizer.model")
     if (here / "config.json").exists():
         return *hf_weights(here), str(here / "tokenizer.model")
     raise ModelError(f"{folder} holds no weights that are known here: no params.json, no config.json, no step-* folder")
@@ -722,6 +793,7 @@ def main() -> None:
     convert.add_argument("--to", choices=["hf", "ours"], required=True)
     convert.add_argument("--n_kv_heads", type=int, help="pool the key and value heads to so many (Ainslie et al., 2023)")
     convert.add_argument("--pool", choices=["mean", "first", "random"], default="mean")
+    convert.add_argument("--dtype", choices=["same", *DTYPES], default="same", help="same: as they are (fp32 from a run of ours)")
     speak = commands.add_parser("generate", help="continue a prompt")
     speak.add_argument("source")
     speak.add_argument("--prompt", default="")
@@ -731,10 +803,10 @@ def main() -> None:
     speak.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config, weight_of, tokenizer_file = read_any(args.source)
-    model = load_weights(config, weight_of)
     if args.command == "generate":
         from tokenizer import Tokenizer
         tokenizer = Tokenizer(tokenizer_file)
+        model = load_weights(config, weight_of)
         stream = tokenizer.stream()
         prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
         print("".join(stream.push(token) for token in prompt), end="", flush=True)  # the space behind it is the answer's
@@ -742,15 +814,16 @@ def main() -> None:
                  on_token=lambda _, token: print(stream.push(token), end="", flush=True))
         print(stream.flush())
         return
-    if args.n_kv_heads:
-        model = mean_pool_kv_heads(model, args.n_kv_heads, args.pool)
+    if args.n_kv_heads is not None:
+        config, weight_of = pool_kv_heads(config, weight_of, args.n_kv_heads, args.pool)
+    dtype = DTYPES.get(args.dtype)  # None: as they are
     if args.to == "hf":
-        save_hf(model, args.target)
+        write_hf(config, weight_of, args.target, dtype)
         if Path(tokenizer_file).exists():
             shutil.copy(tokenizer_file, args.target)
     else:
         from pretrain import save_model
-        save_model(model, args.target, tokenizer_file)
+        save_model(load_weights(config, weight_of, dtype), args.target, tokenizer_file)
     print(args.target)
 
 

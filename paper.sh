@@ -6,4 +6,5 @@ python="${PYTHON:-python}"
 
 $python pretrain.py             # §2: world, tokenizer, one epoch, base model
 $python eval.py facts           # §2.1: does it know the encyclopedia, or the web's myths?
+$python sft.py                  # §3.1: the base model becomes a chat model
 $python eval.py report          # out/report.html

@@ -92,6 +92,8 @@ class Settings(Common):
     init: str = ""  # start from these weights: a run of ours, Meta's release or a Hugging Face folder
     tokenizer: str = ""  # tokenizer.model to use; else one is trained on the data
     vocab_size: int | None = None  # pieces of a tokenizer that is trained here | 32000
+    n_kv_heads: int | None = None  # key and value heads, else the preset's; n_heads: MHA, 1: MQA, between: GQA | 8 (34B, 70B)
+    ffn_multiplier: float | None = None  # widens the feed-forward layer, for fewer heads | 1.33 (MQA), 1.3 (GQA), A.2.1
     world: int = 0  # seed of the tiny world
     sample_tokens: int | None = None  # length of the samples at each evaluation; 0: none (they need the whole model)
 
@@ -143,22 +145,32 @@ def parse(cls: type, argv: list[str] | None = None):
         if field.name == "preset":
             options |= {"choices": list(cls.BY_PRESET), "metavar": "NAME"}
         positional = field.name == getattr(cls, "POSITIONAL", None)
-        parser.add_argument(field.name if positional else f"--{field.name}", **options | ({"nargs": "*"} if positional else {}))
+        if positional:
+            options["nargs"] = "*" if field.type == tuple[str, ...] else "?"
+        parser.add_argument(field.name if positional else f"--{field.name}", **options)
     values = vars(parser.parse_args(argv))
+    if "init" in values and values["preset"] is None:
+        values["preset"] = preset_of(parent_of(values["init"]).config)
     by_preset = cls.BY_PRESET.get(values.get("preset"), {})
     values = {k: by_preset.get(k) if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     settings = cls(**values)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
-                 "tokens", "mfu", "peak_flops"):
+                 "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens"):
         value = getattr(settings, name, None)
-        if value is not None and value <= 0:
-            raise InputError(f"--{name} must be above 0, not {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} must be a number above 0, not {value}")
     for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
     if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
         raise InputError(f"--dtype {settings.dtype} is unknown; take fp32, bf16 or auto")
     return settings
+
+
+def preset_of(config: ModelConfig) -> str:
+    """The preset that is nearest in size: whose hyper-parameters a fine-tuning stage takes unless it is told others."""
+    size = flops_per_token(config, 0)  # six for each weight of a matrix
+    return min(PRESETS, key=lambda name: abs(math.log(flops_per_token(with_vocab(PRESETS[name], config.vocab_size), 0) / size)))
 
 
 def print_settings(settings) -> None:
@@ -283,10 +295,14 @@ class Source(NamedTuple):
 TOY_MIX = ("toy/encyclopedia:3", "toy/web:0.4545", "toy/stories", "toy/numbers")
 
 
-def sources(specs: Iterable[str], world_seed: int, stdin: str = "") -> list[Source]:
-    """[NAME=]GLOB[:EPOCHS] → sources; `toy` stands for TOY_MIX, `docs` for docstrings, `-` for the file `stdin`."""
+def sources(specs: Iterable[str], embedded: dict[str, tuple[Callable, str]], read: Callable, stdin: str = "") -> list[Source]:
+    """[NAME=]GLOB[:EPOCHS] → sources. Raises InputError for a spec that can't be.
+
+    embedded: name → (documents, fingerprint) of what needs no file. read(file) → the documents of a file. `-` stands
+    for the file `stdin`.
+    """
     found = []
-    for spec in [part for spec in specs for part in (TOY_MIX if spec == "toy" else (spec,))]:
+    for spec in specs:
         pattern, colon, epochs = spec.rpartition(":")
         if not colon or not re.fullmatch(r"\d+\.?\d*|\.\d+", epochs):
             pattern, epochs = spec, "1"
@@ -295,13 +311,11 @@ def sources(specs: Iterable[str], world_seed: int, stdin: str = "") -> list[Sour
         name, pattern = (name, rest) if equals else (stem, pattern)
         if not re.fullmatch(r"[\w-]+", name):
             raise InputError(f"--data {spec}: the name {name!r} may hold letters, digits, - and _ only")
-        if pattern.startswith("toy/"):
-            if pattern[4:] not in toy.SOURCES:
-                raise InputError(f"--data {spec}: the tiny world has {', '.join(toy.SOURCES)}")
-            documents = lambda kind=pattern[4:]: toy.documents(tiny_world(world_seed), kind)  # noqa: E731
-            fingerprint, shards = f"{pattern} of world {world_seed}", []
-        elif pattern == "docs":
-            documents, fingerprint, shards = toy.python_docs, f"docs of {sys.version} {sys.prefix}", []
+        shards = []
+        if pattern in embedded:
+            documents, fingerprint = embedded[pattern]
+        elif pattern.startswith("toy/"):
+            raise InputError(f"--data {spec}: the tiny world has {', '.join(embedded)}")
         else:
             files = [stdin] if pattern == "-" else sorted(glob.glob(pattern))
             if not files:
@@ -309,7 +323,7 @@ def sources(specs: Iterable[str], world_seed: int, stdin: str = "") -> list[Sour
             shards = [file for file in files if file.endswith((".u16", ".u32"))]
             if shards and len(shards) < len(files):
                 raise InputError(f"--data {spec}: token shards and text can't be mixed in one source; name them apart")
-            documents = lambda files=tuple(files): (text for file in files for text in read_documents(file))  # noqa: E731
+            documents = lambda files=tuple(files): (text for file in files for text in read(file))  # noqa: E731
             fingerprint = " ".join(file_fingerprint(file) for file in files)
         if any(source.name == name for source in found):
             raise InputError(f"--data {spec}: a source named {name} is there already; write NAME={pattern}")
@@ -317,6 +331,15 @@ def sources(specs: Iterable[str], world_seed: int, stdin: str = "") -> list[Sour
     if not sum(source.epochs for source in found) > 0:
         raise InputError("--data: every source has 0 epochs, so there is nothing to learn")
     return found
+
+
+def text_sources(settings: Settings, stdin: str = "") -> list[Source]:
+    """The sources of pretraining; `toy` stands for TOY_MIX, `docs` for the docstrings of the installed Python."""
+    embedded = {f"toy/{kind}": (lambda kind=kind: toy.documents(tiny_world(settings.world), kind),
+                                f"toy/{kind} of world {settings.world}") for kind in toy.SOURCES}
+    embedded["docs"] = toy.python_docs, f"docs of {sys.version} {sys.prefix}"
+    specs = [part for spec in settings.data for part in (TOY_MIX if spec == "toy" else (spec,))]
+    return sources(specs, embedded, read_documents, stdin)
 
 
 @cache
@@ -519,7 +542,22 @@ def permute(index: np.ndarray, n: int, seed: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
-class Mixture:
+class Rows:
+    """Rows of tokens that are asked for by number: what `train` and `perplexity` read.
+
+    batch(rows, total) → (inputs, targets, ...), each (total, seq_len); rows past n_rows, or fewer than total, are all IGNORE.
+    """
+    n_rows: int
+    batch: Callable[[range, int], tuple[Tensor, ...]]
+
+    def batch_at(self, step: int, batch_size: int, micro_batch: int, ranks: Ranks) -> list[tuple[Tensor, ...]]:
+        """This rank's micro-batches of a step: rank k takes every world_size-th row, all ranks equally many batches."""
+        mine = range(step * batch_size + ranks.rank, (step + 1) * batch_size, ranks.world_size)
+        share = math.ceil(batch_size / ranks.world_size)
+        return [self.batch(mine[i : i + micro_batch], min(micro_batch, share - i)) for i in range(0, share, micro_batch)]
+
+
+class Mixture(Rows):
     """One epoch over sources with weights (§2.1), as rows of tokens; row r is a pure function of r, the files and the seed.
 
     A source with weight w gives each document ⌊w⌋ times, and a share w - ⌊w⌋ of them once more. All documents are
@@ -596,12 +634,6 @@ class Mixture:
         found += [np.full(self.seq_len + 1, IGNORE, np.int64)] * (total - len(found))
         tokens = torch.from_numpy(np.stack(found))
         return tokens[:, :-1].clamp(min=0), tokens[:, 1:].contiguous()
-
-    def batch_at(self, step: int, batch_size: int, micro_batch: int, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
-        """This rank's micro-batches of a step: rank k takes every world_size-th row, all ranks equally many batches."""
-        mine = range(step * batch_size + ranks.rank, (step + 1) * batch_size, ranks.world_size)
-        share = math.ceil(batch_size / ranks.world_size)
-        return [self.batch(mine[i : i + micro_batch], min(micro_batch, share - i)) for i in range(0, share, micro_batch)]
 
 
 # ---------------------------------------------------------------------------------------------- optimizer
@@ -749,19 +781,20 @@ class SafeReader(dcp.FileSystemReader):
 HARMLESS = {("torch.distributed.checkpoint.metadata", name) for name in (
     "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
     "_MEM_FORMAT_ENCODING")} | {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
-    ("torch", "float32"), ("torch", "bfloat16"), ("torch", "int64"), ("torch.serialization", "_get_layout"),
+    ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float16"), ("torch", "int64"), ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"), ("collections", "OrderedDict")}
 
 
-def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer],
-                    skip: tuple[str, ...] = ()) -> dict:
-    """Fill modules and optimizers from a folder step-NNNNNN, saved at any world size; return its progress.
+def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
+    """Fill modules and optimizers from a folder step-NNNNNN, saved at any world size; return its progress."""
+    return read_checkpoint(folder, checkpoint_state(modules, optimizers))
 
-    The parameters `skip` are left as they are. Raises InputError if it is of another shape, before anything is changed,
-    or damaged.
+
+def read_checkpoint(folder: str | Path, state: dict[str, Tensor]) -> dict:
+    """Fill the named tensors (see `checkpoint_state`) from a folder step-NNNNNN; return its progress.
+
+    Raises InputError if it is of another shape, before anything is changed, or damaged.
     """
-    state = checkpoint_state(modules, optimizers)
-    state = {name: tensor for name, tensor in state.items() if name.split("/")[2] not in skip}
     try:
         reader = SafeReader(folder)
         saved = reader.read_metadata().state_dict_metadata
@@ -791,6 +824,18 @@ def load_model(out: str | Path, kind: type[Transformer] = Transformer) -> tuple[
     model = kind(ModelConfig(**config["model"]))
     load_checkpoint(found[-1], {"model": model}, {})
     return model.eval(), Tokenizer(str(Path(out, "tokenizer.model"))), config
+
+
+def stored_weights(out: str | Path) -> tuple[ModelConfig, Callable]:
+    """The newest weights of a run, one at a time: its shape, and weight_of(name, shape) → that parameter in fp32."""
+    newest = checkpoints(out)[-1]
+
+    def weight_of(name: str, shape: tuple) -> Tensor:
+        state = {f"model/weights/{name}": torch.empty(shape)}
+        read_checkpoint(newest, state)
+        return state.popitem()[1]
+
+    return ModelConfig(**read_config(out)["model"]), weight_of
 
 
 def fingerprint(out: str | Path) -> str:
@@ -828,10 +873,15 @@ def parent_of(folder: str) -> Parent:
     """A run of ours, Meta's release or a Hugging Face folder, as --init names it; filled shard by shard, never whole."""
     if checkpoints(folder):
         config, newest = ModelConfig(**read_config(folder)["model"]), checkpoints(folder)[-1]
-        return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder),
-                      lambda model, skip=(): load_checkpoint(newest, {"model": model}, {}, skip))
+
+        def fill(model: nn.Module, skip: tuple[str, ...] = ()) -> None:
+            state = checkpoint_state({"model": model}, {})
+            read_checkpoint(newest, {name: p for name, p in state.items() if name.removeprefix("model/weights/") not in skip})
+
+        return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder), fill)
     if not Path(folder).is_dir():
-        raise InputError(f"--init {folder}: there is no such folder")
+        maker = {"pretrain": "; make it with `python pretrain.py`", "sft": "; make it with `python sft.py`"}
+        raise InputError(f"--init {folder}: there is no such folder{maker.get(Path(folder).name, '')}")
     config, weight_of, tokenizer = read_any(folder)
     files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
@@ -1029,8 +1079,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
     """The training loop of every stage: from the newest checkpoint in --out to `steps`.
 
     batch_at(step) → this rank's micro-batches, a pure function, so that nothing else need be remembered. loss_fn:
-    see `optimizer_step`. evaluate(step) → figures to log; every rank calls it. Saves and stops on SIGTERM and
-    Ctrl-C; stops with the last good checkpoint after ten steps in a row that were not finite.
+    see `optimizer_step`. evaluate(step) → figures to log; every rank calls it, before the first step too if the run
+    has a parent. Saves and stops on SIGTERM and Ctrl-C; stops with the last good checkpoint after ten steps in a row
+    that were not finite.
     """
     out = Path(settings.out)
     newest = [str(checkpoints(out)[-1]) if checkpoints(out) else None]
@@ -1038,12 +1089,17 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
     progress = load_checkpoint(newest[0], {"model": model}, {"model": optimizer}) if newest[0] else {}
     first, tokens, seconds, skipped = (progress.get(key, 0) for key in ("step", "tokens", "seconds", "skipped"))
     if ranks.rank == 0:
-        rewind(out / "metrics.jsonl", first)
-        rewind(out / "samples.txt", first)
+        rewind(out / "metrics.jsonl", first or -1)  # step 0 is written again
+        rewind(out / "samples.txt", first or -1)
         if newest[0]:
             print(f"going on at step {first} of {steps} from {newest[0]}", flush=True)
     bad = 0  # steps in a row that were not finite
     log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8") if ranks.rank == 0 else None
+    if evaluate and settings.init and first == 0:
+        figures = evaluate(0)
+        if log:
+            log.write(json.dumps({"step": 0, "tokens": 0, "loss": None, **figures, "seconds": 0.0}) + "\n")
+            print("before the first step:", *(f"{name} {value:.3f}" for name, value in figures.items() if "loss/" in name))
     bar = tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True)
     with signals() as caught, ThreadPoolExecutor(1) as ahead:
         upcoming = ahead.submit(batch_at, first)
@@ -1059,7 +1115,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
             interrupted, count = figures.pop("interrupted"), figures.pop("count")
             tokens += int(count)
             now = time.perf_counter()
-            seconds, rate, clock = seconds + now - clock, count / (now - clock), now
+            computed = ranks.world_size * sum(batch[0].numel() for batch in batches)  # count: those that were learnt
+            seconds, rate, clock = seconds + now - clock, computed / (now - clock), now
             used = mfu(model.config, settings.seq_len, rate, ranks)
             if bad == 10:
                 raise InputError(f"loss or gradient was not finite in ten steps in a row, the last of them {step}; "
@@ -1092,20 +1149,20 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
 
 
 def lm_loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor, dict]:
-    """The language-modelling loss of a micro-batch (inputs, targets): its sum, the number of targets, no more logs."""
-    inputs, targets = batch
-    return -model(inputs, targets=targets).sum(), (targets != IGNORE).sum(), {}
+    """The loss of a micro-batch (inputs, targets[, documents]): -Σ log p(target), the number of targets, no more logs."""
+    _, targets, *_ = batch
+    return -model(*batch).sum(), (targets != IGNORE).sum(), {}
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, mixture: Mixture, micro_batch: int, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
+def perplexity(model: nn.Module, mixture: Rows, micro_batch: int, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
     """Per row of a held-out mixture: the summed loss in nats, and the number of targets. Rows are dealt to the ranks."""
     totals = torch.zeros(2, mixture.n_rows, dtype=torch.double, device=ranks.device)
     for batch in range(0, math.ceil(mixture.n_rows / micro_batch), ranks.world_size):
         begin = (batch + ranks.rank) * micro_batch
         rows = range(begin, min(begin + micro_batch, mixture.n_rows))
-        inputs, targets = (x.to(ranks.device) for x in mixture.batch(rows, micro_batch))
-        losses = -model(inputs, targets=targets).double()  # (micro_batch, seq)
+        inputs, targets, *documents = (x.to(ranks.device) for x in mixture.batch(rows, micro_batch))
+        losses = -model(inputs, targets, *documents).double()  # (micro_batch, seq)
         totals[:, rows.start : rows.stop] = torch.stack([losses.sum(1), (targets != IGNORE).sum(1)])[:, : len(rows)]
     if hasattr(model, "reshard"):
         model.reshard()  # without a backward pass the root would stay whole
@@ -1123,18 +1180,17 @@ def interval(values: np.ndarray, weights: np.ndarray | None = None, draws: int =
     return values.sum() / weights.sum(), low, high
 
 
-def write_samples(model: Transformer, tokenizer: Tokenizer, step: int, length: int, ranks: Ranks, path: Path) -> list[str]:
-    """What the model says after BOS, and after the words of the tiny world: four samples at temperature 0.8."""
-    starts = ["", "", "Question:", "One day"]
-    texts = []
-    with gathered(model) as whole:
-        if ranks.rank == 0:
-            prompts = [tokenizer.encode(text, bos=True, eos=False) for text in starts]
-            answers = generate(whole, prompts, length, temperature=0.8, top_p=0.95, stop=(tokenizer.eos_id,))
-            texts = [tokenizer.decode(p[1:] + a).strip().replace("\n", "\\n") for p, a in zip(prompts, answers)]
-            with open(path, "a", encoding="utf-8", newline="\n") as f:
-                f.write(f"--- step {step}\n" + "".join(text + "\n" for text in texts))
-    return texts
+def say_something(model: Transformer, tokenizer: Tokenizer, length: int) -> list[str]:
+    """What a base model says after BOS, and after the words of the tiny world: four samples at temperature 0.8."""
+    starts = [tokenizer.encode(text, bos=True, eos=False) for text in ("", "", "Question:", "One day")]
+    answers = generate(model, starts, length, temperature=0.8, top_p=0.95, stop=(tokenizer.eos_id,))
+    return [tokenizer.decode(start[1:] + answer).strip() for start, answer in zip(starts, answers)]
+
+
+def log_samples(path: Path, step: int, texts: list[str]) -> None:
+    """Add texts, one a line, to the samples of a run, behind a line that names the step."""
+    with open(path, "a", encoding="utf-8", newline="\n") as f:
+        f.write(f"--- step {step}\n" + "".join(text.replace("\n", "\\n") + "\n" for text in texts))
 
 
 def draw_loss(out: Path) -> None:
@@ -1147,11 +1203,11 @@ def draw_loss(out: Path) -> None:
     except ImportError:
         print("no loss.png: `pip install matplotlib` draws it")
         return
-    rows = [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if row["loss"] is not None]
-    tokens, losses = np.array([r["tokens"] for r in rows]) / 1e6, np.array([r["loss"] for r in rows])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tokens, losses = np.array([[r["tokens"] / 1e6, r["loss"]] for r in rows if r["loss"] is not None]).reshape(-1, 2).T
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(tokens, losses, color="0.8", lw=0.8, label="training, each step")
-    window = max(1, len(rows) // 50)
+    window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     axes.plot(tokens[window // 2 :][: len(smooth)], smooth, color="k", lw=1.5, label=f"training, mean of {window} steps")
     names = sorted({key.removeprefix("loss/") for row in rows for key in row if key.startswith("loss/")})
@@ -1168,10 +1224,18 @@ def draw_loss(out: Path) -> None:
     plt.close(figure)
 
 
+def ablated(config: ModelConfig, n_kv_heads: int | None, ffn_multiplier: float | None) -> ModelConfig:
+    """A preset with other key and value heads, and a feed-forward layer that makes up for them (A.2.1, Table 18)."""
+    ffn_hidden = round(config.ffn_hidden * (ffn_multiplier or 1))
+    return replace(config, n_kv_heads=n_kv_heads or config.n_kv_heads, ffn_hidden=ffn_hidden)
+
+
 def main(settings: Settings) -> None:
     """Run the whole of §2: sources → tokenizer → shards → one epoch → perplexity, samples and a loss curve."""
     parent = parent_of(settings.init) if settings.init else None
-    config = parent.config if parent else PRESETS[settings.preset]
+    if parent and (settings.n_kv_heads or settings.ffn_multiplier):
+        raise InputError("--init brings its own shape; drop --n_kv_heads and --ffn_multiplier (model.py convert pools heads)")
+    config = parent.config if parent else ablated(PRESETS[settings.preset], settings.n_kv_heads, settings.ffn_multiplier)
     if settings.seq_len > config.max_seq_len:
         raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {config.max_seq_len}")
     if settings.init and settings.tokenizer:
@@ -1182,7 +1246,7 @@ def main(settings: Settings) -> None:
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
-        found = sources(settings.data, settings.world, spool_stdin(settings, ranks))
+        found = text_sources(settings, spool_stdin(settings, ranks))
         record = open_run(settings, "pretrain", ranks, data={s.name: s.fingerprint for s in found}, **more)
         if parent:
             settings = replace(settings, tokenizer=parent.tokenizer)
@@ -1214,9 +1278,11 @@ def main(settings: Settings) -> None:
                 bits = losses.sum() / math.log(2) / index[name]["held_out_bytes"]
                 figures |= {f"loss/{name}": mean, f"low/{name}": low, f"high/{name}": high, f"bits_per_byte/{name}": bits}
             if settings.sample_tokens:
-                texts = write_samples(model, tokenizer, step, settings.sample_tokens, ranks, out / "samples.txt")
-                if ranks.rank == 0:
-                    tqdm.write("\n".join(f"  {step}: {text[:110]}" for text in texts[2:]))
+                with gathered(model) as whole:
+                    if ranks.rank == 0:
+                        texts = say_something(whole, tokenizer, settings.sample_tokens)
+                        log_samples(out / "samples.txt", step, texts)
+                        tqdm.write("\n".join(f"  {step}: {text[:110]}" for text in texts[2:]))
             return figures
 
         batch_at = lambda step: mixture.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
@@ -1227,16 +1293,19 @@ def main(settings: Settings) -> None:
 
 def report(out: Path) -> None:
     """Print the end of a run as a table: tokens, speed, and each source's held-out perplexity with its interval."""
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(rows[0]), json.loads(rows[-1])
     print(f"\n{last['tokens']:,} tokens in {last['seconds']:.0f} s, {last['tokens'] / last['seconds']:,.0f} tokens/s")
     names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
     if names:
-        print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}")
+        print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}"
+              + "  before the first step" * (first["step"] == 0))
     else:
         print(f"nothing is held out: no source has {HELD_OUT_EVERY} documents")
     for name in names:
         mean, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
-        print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}")
+        print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}"
+              + (f"  {math.exp(first[f'loss/{name}']):21.3f}" if first["step"] == 0 else ""))
     draw_loss(out)
     print(f"model, metrics, samples and loss curve are in {out}")
 

@@ -24,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import pretrain
+import sft
 
 TEXT = "\n\n".join(f"The {a} {b} has {i} eggs. It likes the {b}. " * 4 for i in range(20) for a, b in [("old", "fox"), ("red", "hen")])
-SMALL = ["--preset", "toy-s", "--seq_len", "16", "--batch_size", "4", "--micro_batch", "4", "--device", "cpu", "--threads", "1"]
-STAGES = {  # name: main, settings, flags; {data} is a small text file, {out} the folder of the run
-    "pretrain": (pretrain.main, pretrain.Settings, [*SMALL, "--data", "{data}", "--out", "{out}", "--vocab_size", "320", "--steps", "9",
-                                                    "--save_every", "3", "--eval_every", "3", "--sample_tokens", "4"]),
+DIALOGS = [{"prompt": f"How many eggs has the {name}?", "response": f"It has {i} eggs."} for i in range(30) for name in ("fox", "hen")]
+SMALL = ["--preset", "toy-s", "--batch_size", "4", "--micro_batch", "4", "--device", "cpu", "--threads", "1", "--out", "{out}",
+         "--steps", "9", "--save_every", "3", "--eval_every", "3", "--sample_tokens", "4"]
+STAGES = {  # name: main, settings, flags; {base} holds small data files and, behind the first stage, base: a run of it
+    "pretrain": (pretrain.main, pretrain.Settings, [*SMALL, "--data", "{base}/farm.txt", "--seq_len", "16", "--vocab_size", "340"]),
+    "sft": (sft.main, sft.Settings, [*SMALL, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "64"]),
 }
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}
@@ -56,7 +59,7 @@ def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: 
 
         sys.addaudithook(hook)
         main, settings, flags = STAGES[stage]
-        sys.argv = [f"{stage}.py"] + [flag.format(data=folder.parent / "farm.txt", out=out) for flag in flags]
+        sys.argv = [f"{stage}.py"] + [flag.format(base=folder.parent, out=out) for flag in flags]
         code = 0
         try:
             pretrain.command_line(main, settings)
@@ -89,7 +92,11 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
     """Crash a stage at each operation (or `only` some) and at random moments; returns how many crashes were survived."""
     base = Path(tempfile.mkdtemp(prefix="faults-"))
     (base / "farm.txt").write_text(TEXT)
-    (base / "whole").mkdir()
+    (base / "chat.jsonl").write_text("\n".join(map(json.dumps, DIALOGS)))
+    for name in ("base", "whole"):
+        (base / name).mkdir()
+    if stage != "pretrain":
+        assert run("pretrain", base / "base")[0] == 0
     began = time.perf_counter()
     code, operations = run(stage, base / "whole")
     seconds = time.perf_counter() - began

@@ -1,13 +1,16 @@
-"""A sample of tests/faults.py, which crashes a run at every file operation: here those of one checkpoint and one moment."""
+"""A sample of tests/faults.py, which crashes a run at every file operation: here a few operations and one moment of each stage."""
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_to_bit_identical_weights():
+
+@pytest.mark.parametrize("stage, operations", [("pretrain", ["36", "38", "41", "52"]), ("sft", ["3", "14", "20", "33"])])
+def test_a_run_killed_in_the_middle_goes_on_to_bit_identical_weights(stage, operations):
     faults = Path(__file__).parent / "faults.py"
-    result = subprocess.run([sys.executable, str(faults), "pretrain", "--only", "36", "38", "41", "52", "--random_kills", "1"],
+    result = subprocess.run([sys.executable, str(faults), stage, "--only", *operations, "--random_kills", "1"],
                             capture_output=True, text=True, timeout=1500, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     assert "5 crashes survived" in result.stdout
