@@ -38,8 +38,9 @@ from tqdm import tqdm
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Ranks, adamw, build, command_line, cpu_group, file_fingerprint, interval,
-                      load_model, locked, open_run, parent_of, permute, print_settings, read_config, read_lines, replace_file,
+                      load_model, locked, open_run, parent_of, permute, print_settings, read_config, replace_file,
                       set_weights, start, tiny_world, train)
+from sft import messages_of, read_rows, toy_messages
 from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
 
 RATINGS = tuple(toy.RATINGS)  # significantly better, better, slightly better, negligibly better (or unsure); §3.2.1
@@ -57,6 +58,7 @@ HEAD = ("output.weight", "output.bias")  # what a reward model does not take fro
 @dataclass(frozen=True)
 class Settings(Common):
     """Train a reward model on comparisons, one epoch, from a chat model (§3.2.2)."""
+    preset: str | None = None  # whose hyper-parameters to take; by default those of the size of --init
     kind: str = "helpfulness"  # helpfulness, safety, or joint: one model for both
     out: str = ""  # folder of this run, else out/reward-KIND; started again, it goes on where it stopped
     init: str = "out/sft"  # chat model to start from: a run of ours, Meta's release or a Hugging Face folder
@@ -73,7 +75,7 @@ class Settings(Common):
     safety_aux: float | None = None  # weight of the safety loss; else 1 for safety and joint, 0 for helpfulness | not stated
 
     BY_PRESET: ClassVar[dict[str, dict]] = {
-        name: dict(lr=5e-6 if name == "70b" else 1e-5, batch_size=512, micro_batch=1, seq_len=config.max_seq_len,
+        name: dict(lr=5e-6 if name == "70b" else 1e-5, batch_size=512, micro_batch=1, seq_len=min(4096, config.max_seq_len),
                    eval_every=1000, save_every=200, checkpointing=True)
         for name, config in PRESETS.items() if not name.startswith("toy")
     } | {
@@ -100,7 +102,7 @@ class Collect:
     temperatures: tuple[str, ...] = ("0.5", "0.8", "1.1")  # temperatures of the variants | varied
     max_new_tokens: int = 64  # longest answer, in tokens
     batch_size: int = 256  # prompts that are sampled together and kept together: the unit of resume
-    world: int = 0  # seed of the tiny world
+    world: int | None = None  # seed of the tiny world; by default that of --a
     seed: int = 0  # seed of prompts, variants and samples
     device: str = "auto"  # cpu, cuda, or auto
     threads: int = 0  # CPU threads of a rank; 0: its share of the cores
@@ -231,26 +233,6 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------- comparisons
 
 
-def read_records(file: str) -> Iterator[tuple[str, object]]:
-    """(place, object) of a .jsonl or of a .json list, plain or .gz; the place names the file and the line or row."""
-    if file.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in read_lines(file):
-            if line.strip():
-                try:
-                    yield f"{file}, line {number}", json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{file}, line {number}: is no JSON ({error})") from None
-    else:
-        try:
-            rows = json.loads("".join(line for _, line in read_lines(file)))
-        except ValueError as error:
-            raise InputError(f"{file}: is no JSON ({error}); one object a line needs the ending .jsonl") from None
-        if not isinstance(rows, list):
-            raise InputError(f"{file}: holds no JSON list of comparisons")
-        for number, row in enumerate(rows, 1):
-            yield f"{file}, row {number}", row
-
-
 def read_pairs(files: tuple[str, ...]) -> tuple[list[dict], Counter]:
     """The comparisons of files in any known format, and how many were dropped, by reason.
 
@@ -262,10 +244,10 @@ def read_pairs(files: tuple[str, ...]) -> tuple[list[dict], Counter]:
     """
     pairs, dropped = [], Counter()
     for file in files:
-        for place, record in read_records(file):
+        for place, record in read_rows(file):
             try:
                 found = comparisons(record)
-            except (ValueError, TokenizerError) as error:
+            except (InputError, TokenizerError) as error:
                 raise InputError(f"{place}: {error}") from None
             dropped.update(reason for pair in found if (reason := unusable(pair)))
             pairs += [pair for pair in found if not unusable(pair)]
@@ -280,37 +262,37 @@ def unusable(pair: dict) -> str:
 
 
 def comparisons(record: object) -> list[dict]:
-    """The comparisons that one row of a file makes; ValueError or TokenizerError says what is wrong with it."""
+    """The comparisons that one row of a file makes; InputError or TokenizerError says what is wrong with it."""
+    if isinstance(record, InputError):  # the line is no JSON
+        raise record
     if not isinstance(record, dict):
-        raise ValueError("is no JSON object")
-    chosen, rejected, prompt = record.get("chosen"), record.get("rejected"), record.get("prompt")
-    rating, safety = record.get("rating"), record.get("safety")
+        raise InputError("is no JSON object")
+    chosen, rejected = record.get("chosen"), record.get("rejected")
     if "conversations" in record:  # LLaMA-Factory
-        prompt = [{"role": SPEAKERS.get(m["from"], m["from"]), "content": m["value"]} for m in record["conversations"]]
-        chosen, rejected = (side["value"] if isinstance(side, dict) else None for side in (chosen, rejected))
-    elif "prompt" not in record and isinstance(chosen, str) and isinstance(rejected, str):  # Anthropic
-        (*prompt, chosen), (*other, rejected) = transcript(chosen), transcript(rejected)
-        if prompt != other:
-            raise ValueError("the two transcripts differ before their last answers")
+        messages = messages_of(record)
+        chosen, rejected = (side.get("value") if isinstance(side, dict) else None for side in (chosen, rejected))
+    elif "prompt" in record:
+        messages = toy_messages(record)
+    elif isinstance(chosen, str) and isinstance(rejected, str):  # Anthropic
+        (*messages, chosen), (*other, rejected) = transcript(chosen), transcript(rejected)
+        if messages != other:
+            raise InputError("the two transcripts differ before their last answers")
         chosen, rejected = chosen["content"], rejected["content"]
-    messages = as_messages(prompt)
-    if not isinstance(messages, list):
-        raise ValueError('needs a "prompt", a text or a list of messages')
+    else:
+        raise InputError('has no "prompt", no "conversations", and no two transcripts')
     if dialog_turns(messages, escape=True)[-1][1] is not None:
-        raise ValueError("the prompt must end with a message of the user")
+        raise InputError("the prompt must end with a message of the user")
     if "responses" in record:
         return [{"prompt": messages, "chosen": better, "rejected": worse, "rating": None, "safety": None}
                 for better, worse in ordered(record)]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise ValueError('"chosen" and "rejected" must both be text')
+        raise InputError('"chosen" and "rejected" must both be text')
+    rating, safety = record.get("rating"), record.get("safety")
     if rating not in (None, *RATINGS):
-        raise ValueError(f"the rating {rating!r} is unknown; take one of {', '.join(RATINGS)}, or leave it out")
+        raise InputError(f"the rating {rating!r} is unknown; take one of {', '.join(RATINGS)}, or leave it out")
     if safety not in (None, *SAFETY, "excluded"):
-        raise ValueError(f"the safety label {safety!r} is unknown; take one of {', '.join(SAFETY)}, excluded, or leave it out")
+        raise InputError(f"the safety label {safety!r} is unknown; take one of {', '.join(SAFETY)}, excluded, or leave it out")
     return [record | {"prompt": messages, "chosen": chosen, "rejected": rejected, "rating": rating, "safety": safety}]
-
-
-SPEAKERS = {"human": "user", "gpt": "assistant"}  # the names of ShareGPT
 
 
 def transcript(text: str) -> list[dict]:
@@ -324,7 +306,7 @@ def transcript(text: str) -> list[dict]:
         else:
             messages.append({"role": role, "content": said.strip()})
     if before.strip() or not messages or messages[-1]["role"] != "assistant":
-        raise ValueError('a transcript begins with "\\n\\nHuman:" and ends with an answer of the "\\n\\nAssistant:"')
+        raise InputError('a transcript begins with "\\n\\nHuman:" and ends with an answer of the "\\n\\nAssistant:"')
     return messages
 
 
@@ -334,7 +316,7 @@ def ordered(record: dict) -> list[tuple[str, str]]:
     if not (isinstance(responses, list) and isinstance(scores, list) and len(responses) == len(scores)
             and all(isinstance(r, str) for r in responses)
             and all(isinstance(s, (int, float)) and math.isfinite(s) for s in scores)):
-        raise ValueError('"responses" must be a list of texts, and "scores" as long a list of numbers')
+        raise InputError('"responses" must be a list of texts, and "scores" as long a list of numbers')
     ranked = sorted(zip(scores, responses), key=lambda pair: -pair[0])
     return [(better, worse) for (high, better), (low, worse) in combinations(ranked, 2) if high > low]
 
@@ -805,39 +787,34 @@ def sample_pairs(speakers: list[Speaker], prompts: list[dict], first: int, setti
     for variant in variants:
         who, temperature = speakers[variant[0]], variant[1]
         places = [(i, side) for i, pair in enumerate(chosen) for side in (0, 1) if pair[side] == variant]
-        asked = [who.ask(as_messages(rows[i]["prompt"])) for i, _ in places]
+        asked = [who.ask(toy_messages(rows[i])) for i, _ in places]
         drawn = generate(who.model, asked, settings.max_new_tokens, temperature, top_p=1.0, stop=(who.tokenizer.eos_id,),
                          seed=seed, rows=[2 * (first + i) + side for i, side in places])
         for (i, side), ids in zip(places, drawn):
             rows[i]["responses"][side] = text = who.tokenizer.decode(ids).strip()
             rows[i]["response_ids"][side] = ids
             if who.is_base:
-                pair = {"prompt": as_messages(rows[i]["prompt"]), "chosen": text, "rejected": ""}
+                pair = {"prompt": toy_messages(rows[i]), "chosen": text, "rejected": ""}
                 rows[i]["response_ids"][side] = pair_ids(pair, who.tokenizer)[1][0]
     for row in rows:
-        row["prompt_ids"] = speakers[0].tokenizer.encode_dialog(as_messages(row["prompt"]))[0]
+        row["prompt_ids"] = speakers[0].tokenizer.encode_dialog(toy_messages(row))[0]
     return rows
-
-
-def as_messages(prompt: str | list[dict]) -> list[dict]:
-    """A prompt as messages."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
     """Prompts of the tiny world: harmless ones for helpfulness; for safety three in four are unsafe (our choice).
 
-    There are few unsafe test prompts, so that they come several times.
+    There are few test prompts of some kinds, so that they are drawn in rounds, and may come several times.
     """
     world, rng = tiny_world(settings.world), Random(f"{settings.seed}/{axis}/{split}")
     n = settings.test_pairs if split == "test" else settings.helpfulness_pairs if axis == "helpfulness" else settings.safety_pairs
+    unsafe = n * 3 // 4 if axis == "safety" else 0
     found = []
-    for kinds, wanted in ((["unsafe"], n * 3 // 4 * (axis == "safety")), (None, n - n * 3 // 4 * (axis == "safety"))):
-        drawn, seed = [], settings.seed
-        while len(drawn) < wanted:
-            drawn += toy.prompts(world, wanted - len(drawn), seed, split, kinds)
+    for kinds, wanted in ((["unsafe"], unsafe), (None, n)):
+        seed = settings.seed
+        while len(found) < wanted:
+            found += toy.prompts(world, min(500, wanted - len(found)), seed, split, kinds)
             seed += 1
-        found += drawn
     rng.shuffle(found)
     return [prompt | {"world": settings.world} for prompt in found]
 
@@ -845,11 +822,12 @@ def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
 def file_prompts(file: str) -> list[dict]:
     """The prompts of a file; InputError names a bad line."""
     found = []
-    for place, record in read_records(file):
+    for place, record in read_rows(file):
         try:
-            dialog_turns(as_messages(record["prompt"]))
-        except (TypeError, KeyError, TokenizerError) as error:
-            raise InputError(f'{place}: needs a "prompt", a text or messages ({error})') from None
+            if not isinstance(record, dict) or dialog_turns(toy_messages(record))[-1][1] is not None:
+                raise InputError('needs a "prompt", a text or messages of which the user has the last')
+        except (KeyError, TokenizerError, InputError) as error:
+            raise InputError(f"{place}: {error}") from None
         found.append(record)
     return found
 
@@ -863,6 +841,8 @@ def collect(settings: Collect) -> None:
     axes = ("helpfulness", "safety") if settings.axis == "both" else (settings.axis,)
     second = {axis: settings.b or ("out/pretrain" if axis == "safety" else settings.a) for axis in axes}
     folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two
+    if settings.world is None:
+        settings = replace(settings, world=read_config(settings.a).get("settings", {}).get("world") or 0)
     ranks = start(settings)
     with locked(settings.out, ranks):
         out, data = Path(settings.out), {folder: speaker_fingerprint(folder) for folder in sum(folders.values(), [])}
@@ -930,7 +910,7 @@ def annotations(rows: list[dict], axis: str, settings: Collect, file: Path) -> l
 
 def ask(row: dict, axis: str) -> dict:
     """One comparison by the person at the terminal (§3.2.1): a forced choice, one of four ratings, and if asked a safety bin."""
-    for message in as_messages(row["prompt"]):
+    for message in toy_messages(row):
         print(f"{message['role']}: {message['content']}")
     for number, text in enumerate(row["responses"], 1):
         print(f"  {number}: {text}")

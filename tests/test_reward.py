@@ -185,7 +185,8 @@ def test_pairs_with_the_unsafe_answer_chosen_and_pairs_of_equal_answers_are_drop
     (PLAIN | {"safety": "safe"}, "safety label 'safe' is unknown"),
     (PLAIN | {"prompt": TURNS[:2]}, "must end with a message of the user"),
     (PLAIN | {"prompt": [{"role": "bot", "content": "Hi"}]}, "message 0 has the role 'bot'"),
-    (PLAIN | {"prompt": 3}, 'needs a "prompt"'),
+    (PLAIN | {"prompt": 3}, 'message 0 is no object with "role" and "content"'),
+    ({"chosen": 1}, 'has no "prompt"'),
     ({"chosen": "Hello.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}, "a transcript begins with"),
     ({"chosen": "\n\nHuman: Ho\n\nAssistant: No.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}, "differ before their last answers"),
     ({"prompt": "Hi", "responses": ["a", "b"], "scores": [1]}, "as long a list of numbers"),
@@ -198,11 +199,8 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, complaint):
 
 def test_what_is_no_json_is_named_too(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(PLAIN) + "\n{")
-    with pytest.raises(InputError, match="p.jsonl, line 2: is no JSON"):
+    with pytest.raises(InputError, match="p.jsonl, line 2: is not JSON"):
         read_pairs((str(tmp_path / "p.jsonl"),))
-    (tmp_path / "p.json").write_text("{}")
-    with pytest.raises(InputError, match="p.json: holds no JSON list"):
-        read_pairs((str(tmp_path / "p.json"),))
 
 
 def test_a_pair_in_ids_is_the_dialogue_in_chat_format_with_eos_last(tokenizer):
