@@ -359,14 +359,15 @@ def pair_ids(pair: dict, tokenizer: Tokenizer) -> tuple[list[int], list[list[int
             raise InputError(f"a comparison holds the token id {max(map(max, ids))}, outside the vocabulary of "
                              f"{tokenizer.vocab_size}; was it sampled with another tokenizer?")
         return ids[0], ids[1:]
-    *earlier, (question, _) = dialog_turns(pair["prompt"], escape=True)
-    prompt = [token for turn in earlier for token in tokenizer.encode_turn(*turn)[0]]
-    prompt += tokenizer.encode(question, bos=True, eos=False)
-    answers = []
-    for text in (pair["chosen"], pair["rejected"]):
-        ids, is_answer = tokenizer.encode_turn(question, escape_tags(text))
-        answers.append([token for token, mine in zip(ids, is_answer) if mine])
-    return prompt, answers
+    prompt = tokenizer.encode_dialog(pair["prompt"], escape=True)[0]
+    return prompt, [answer_ids(pair["prompt"], pair[side], tokenizer) for side in ("chosen", "rejected")]
+
+
+def answer_ids(messages: list[dict], text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of an answer to a dialogue in the chat format, EOS included; an empty one has little more than that."""
+    question, _ = dialog_turns(messages, escape=True)[-1]
+    ids, is_answer = tokenizer.encode_turn(question, escape_tags(text))
+    return [token for token, mine in zip(ids, is_answer) if mine]
 
 
 def mix(kind: str, helpfulness: list, safety: list, open_source: list, seed: int) -> dict[str, list]:
@@ -758,46 +759,51 @@ class Speaker(NamedTuple):
     tokenizer: Tokenizer
     is_base: bool
 
-    def ask(self, messages: list[dict]) -> list[int]:
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
         """The ids that the answer follows. A base model reads the bare words, and goes on as the web would."""
         if self.is_base:
             return self.tokenizer.encode(" ".join(message["content"] for message in messages), bos=True, eos=False)
         return self.tokenizer.encode_dialog(messages)[0]
 
 
-def load_speaker(folder: str, ranks: Ranks) -> Speaker:
-    """The model of a folder, whole, on this rank's device."""
-    config, weight_of, tokenizer = read_any(folder)
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    model = load_weights(config, weight_of, dtype).to(ranks.device).eval()
-    return Speaker(folder, model, Tokenizer(tokenizer), read_config(folder).get("stage") == "pretrain")
+def load_speakers(folders: list[str], ranks: Ranks) -> list[Speaker]:
+    """The models of folders, whole, on this rank's device. Raises InputError if their tokenizers differ."""
+    speakers, dtype = [], torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    for folder in folders:
+        config, weight_of, tokenizer = read_any(folder)
+        if speakers and Path(tokenizer).read_bytes() != Path(speakers[0].tokenizer.path).read_bytes():
+            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common")
+        model = load_weights(config, weight_of, dtype).to(ranks.device).eval()
+        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), read_config(folder).get("stage") == "pretrain"))
+    return speakers
 
 
 def sample_pairs(speakers: list[Speaker], prompts: list[dict], first: int, settings: Collect, seed: int) -> list[dict]:
     """Two answers to each prompt from two different variants, a model at a temperature, in random order (§3.2.1).
 
-    prompts: of numbers `first`, first + 1, ...; a prompt's answers depend on its number, on the seed and on the models
-    alone. Returns rows with "prompt", "responses", their ids in the chat format, their variants, and what else the prompt knows.
+    prompts: of numbers `first`, first + 1, ...; what is drawn depends on a prompt's number, the seed and the models alone.
+    Returns rows with the "prompt" as messages, "responses", ids in the chat format, variants, and what the prompt is about.
     """
-    variants = [(speaker, float(t)) for speaker in range(len(speakers)) for t in settings.temperatures]
-    chosen = [Random(f"{seed}/{first + i}").sample(variants, 2) for i in range(len(prompts))]
-    rows = [{"prompt": prompt["prompt"], "responses": ["", ""], "response_ids": [[], []],
-             "variants": [[speakers[who].folder, t] for who, t in pair],
-             "about": {key: value for key, value in prompt.items() if key != "prompt"}} for prompt, pair in zip(prompts, chosen)]
+    variants = [(who, float(temperature)) for who in range(len(speakers)) for temperature in settings.temperatures]
+    rows = []
+    for number, prompt in enumerate(prompts, first):
+        messages = toy_messages(prompt)
+        rows.append({"prompt": messages, "about": {key: value for key, value in prompt.items() if key != "prompt"},
+                     "prompt_ids": speakers[0].tokenizer.encode_dialog(messages)[0], "responses": ["", ""],
+                     "response_ids": [[], []], "variants": Random(f"{seed}/{number}").sample(variants, 2)})
     for variant in variants:
-        who, temperature = speakers[variant[0]], variant[1]
-        places = [(i, side) for i, pair in enumerate(chosen) for side in (0, 1) if pair[side] == variant]
-        asked = [who.ask(toy_messages(rows[i])) for i, _ in places]
-        drawn = generate(who.model, asked, settings.max_new_tokens, temperature, top_p=1.0, stop=(who.tokenizer.eos_id,),
-                         seed=seed, rows=[2 * (first + i) + side for i, side in places])
+        speaker, temperature = speakers[variant[0]], variant[1]
+        places = [(i, side) for i, row in enumerate(rows) for side in (0, 1) if row["variants"][side] == variant]
+        drawn = generate(speaker.model, [speaker.prompt_ids(rows[i]["prompt"]) for i, _ in places], settings.max_new_tokens,
+                         temperature, top_p=1.0, stop=(speaker.tokenizer.eos_id,), seed=seed,
+                         rows=[2 * (first + i) + side for i, side in places])
         for (i, side), ids in zip(places, drawn):
-            rows[i]["responses"][side] = text = who.tokenizer.decode(ids).strip()
-            rows[i]["response_ids"][side] = ids
-            if who.is_base:
-                pair = {"prompt": toy_messages(rows[i]), "chosen": text, "rejected": ""}
-                rows[i]["response_ids"][side] = pair_ids(pair, who.tokenizer)[1][0]
+            text = speaker.tokenizer.decode(ids).strip()
+            if speaker.is_base:  # it does not end an answer as the chat format does
+                ids = answer_ids(rows[i]["prompt"], text, speaker.tokenizer)
+            rows[i]["responses"][side], rows[i]["response_ids"][side] = text, ids
     for row in rows:
-        row["prompt_ids"] = speakers[0].tokenizer.encode_dialog(toy_messages(row))[0]
+        row["variants"] = [[speakers[who].folder, temperature] for who, temperature in row["variants"]]
     return rows
 
 
@@ -876,7 +882,7 @@ def sample_all(folders: list[str], prompts: list[dict], name: str, settings: Col
             part.unlink(missing_ok=True)
     dist.barrier(cpu_group())
     mine = [i for i in range(ranks.rank, len(parts), ranks.world_size) if not parts[i].exists()]
-    speakers = [load_speaker(folder, ranks) for folder in folders] if mine else []
+    speakers = load_speakers(folders, ranks) if mine else []
     for i in tqdm(mine, desc=f"sampling {name}", unit="batch", disable=ranks.rank > 0):
         rows = sample_pairs(speakers, prompts[starts[i] : starts[i] + settings.batch_size], starts[i], settings, seed)
         replace_file(parts[i], json.dumps(rows).encode())
@@ -910,7 +916,7 @@ def annotations(rows: list[dict], axis: str, settings: Collect, file: Path) -> l
 
 def ask(row: dict, axis: str) -> dict:
     """One comparison by the person at the terminal (§3.2.1): a forced choice, one of four ratings, and if asked a safety bin."""
-    for message in toy_messages(row):
+    for message in row["prompt"]:
         print(f"{message['role']}: {message['content']}")
     for number, text in enumerate(row["responses"], 1):
         print(f"  {number}: {text}")
