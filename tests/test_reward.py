@@ -353,12 +353,19 @@ def test_a_model_learns_a_simple_rule_and_two_ranks_learn_the_same(tmp_path, cha
     assert abs(scores.mean()) < 1e-4  # centred on the held-out answers, in the checkpoint itself
 
 
-def test_the_safety_loss_gives_scores_their_zero(tmp_path, chat, files):
+def test_the_safety_loss_gives_scores_their_zero_and_eval_finds_what_training_found(tmp_path, chat, files):
     flags = ["--kind", "safety", "--steps", "10"]
     found = [train(chat, files, tmp_path / weight, *flags, "--safety_aux", weight) for weight in ("0", "1")]
     assert found[0][1].output.bias.item() != 0  # centred
-    recalls = [json.loads((tmp_path / weight / "accuracy.json").read_text())["recall"] for weight in ("0", "1")]
-    assert recalls[1] > 0.9
+    measured = [json.loads((tmp_path / weight / "accuracy.json").read_text()) for weight in ("0", "1")]
+    assert measured[1]["recall"] > 0.9
+    result = launch("eval", tmp_path / "0", tmp_path / "1", "--helpfulness", files["helpfulness-test"], "--safety",
+                    files["safety-test"], "--out", tmp_path / "eval")
+    assert result.returncode == 0, result.stderr[-3000:]
+    again = json.loads((tmp_path / "eval" / "rewards.json").read_text())
+    for run, wanted in zip(("0", "1"), measured):  # the plain model of the checkpoint measures what the sharded one did
+        assert again[f"{tmp_path / run} on safety"]["accuracy"]["all"] == wanted["accuracy"]["all"]
+    assert {"scores.png", "calibration.png", "scaling.png"} <= {path.name for path in (tmp_path / "eval").iterdir()}
 
 
 def test_a_missing_file_is_a_sentence_with_the_command_that_makes_it(tmp_path, chat):
