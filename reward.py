@@ -187,7 +187,7 @@ class RewardModel(Transformer):
         tokens: (rows, seq) ids, prompt and answer, filled up on the right with any id. lengths: (rows,), tokens that are real.
         """
         scores = super().forward(tokens)[..., 0]  # (rows, seq)
-        return scores.gather(1, lengths[:, None] - 1)[:, 0]
+        return scores[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (rows,)
 
 
 def head_weight(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
@@ -579,18 +579,23 @@ def main(settings: Settings) -> None:
                   f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}")
             print_settings(settings)
 
+        # Differences leave a score without a zero (eq. 1). The safety loss gives it one; else one shift, which is kept in the
+        # bias, puts it at the mean of the held-out answers (our choice).
+        has_zero = settings.safety_aux > 0 and any(any(pair.labels) for pair in pairs)
+
         def evaluate(step: int) -> dict:
             scores = score_pairs(model, test_pairs, ranks)
-            if step == steps and not settings.safety_aux:
-                # differences leave a score without a zero (§3.2.2); one shift puts it at the mean of held-out answers: our choice
+            if step == steps and not has_zero:
                 with torch.no_grad():
                     model.output.bias.sub_(scores.mean())
                 scores -= scores.mean()
             found = measure(scores, tested, answer_lengths(test_pairs))
             if ranks.rank == 0:
                 replace_file(out / "accuracy.json", json.dumps(found).encode())
+            chosen, rejected = torch.from_numpy(scores).T  # (pairs,) each
+            loss = margin_ranking_loss(chosen, rejected, torch.tensor([pair.margin for pair in test_pairs]))
             accuracies = {f"accuracy/{group}": mean for group, (_, mean, _, _) in found["accuracy"].items()}
-            return accuracies | {"spread": float(scores.std())}
+            return {f"loss/{settings.kind}": loss.item(), **accuracies, "spread": float(scores.std())}
 
         loss_fn = partial(reward_loss, safety_aux=settings.safety_aux)
         batches = partial(batch_at, pairs, batch_size=settings.batch_size, micro_batch=settings.micro_batch, seed=settings.seed,
