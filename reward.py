@@ -72,7 +72,7 @@ class Settings(Common):
     batch_size: int | None = None  # pairs of a step, over all ranks | 512
     micro_batch: int | None = None  # pairs of one forward pass on one rank
     margin: str = "small"  # margin of the loss by rating: none, small or large (Table 27) | not stated which
-    safety_aux: float | None = None  # weight of the safety loss; else 1 for safety and joint, 0 for helpfulness | not stated
+    safety_aux: float | None = None  # weight of the safety loss; else 3 for safety and joint, 0 for helpfulness | not stated
 
     BY_PRESET: ClassVar[dict[str, dict]] = {
         name: dict(lr=5e-6 if name == "70b" else 1e-5, batch_size=512, micro_batch=1, seq_len=min(4096, config.max_seq_len),
@@ -546,7 +546,7 @@ def main(settings: Settings) -> None:
     if settings.margin not in MARGINS:
         raise InputError(f"--margin {settings.margin} is unknown; take {', '.join(MARGINS)}")
     if settings.safety_aux is None:
-        settings = replace(settings, safety_aux=0.0 if settings.kind == "helpfulness" else 1.0)
+        settings = replace(settings, safety_aux=0.0 if settings.kind == "helpfulness" else 3.0)
     settings = replace(settings, out=settings.out or f"out/reward-{settings.kind}")
     parent = parent_of(settings.init)
     config, tokenizer = parent.config, Tokenizer(parent.tokenizer)
