@@ -9,7 +9,8 @@
 
 A comparison is {"prompt": text or messages, "chosen": text, "rejected": text, "rating": one of RATINGS, "safety": one
 of SAFETY}; rating and safety may be missing. Scores are raw logits, read at an answer's last token; a sigmoid puts them
-into (0, 1), as the paper draws them. Read in this order: losses, the model, comparisons, training, evaluation, collecting.
+into (0, 1), as the paper draws them. Read it in this order: losses, the model, comparisons, batches, accuracy, training,
+several models compared, statistics, collecting.
 """
 import importlib.util
 import json
@@ -385,7 +386,7 @@ def mix(kind: str, helpfulness: list, safety: list, open_source: list, seed: int
         rest += [("helpfulness", pair) for pair in helpfulness]
         whole, n = {"safety": safety}, round(len(safety) / 9)
     else:
-        return {"helpfulness": helpfulness, "safety": safety, "open": open_source}
+        whole, n = {"helpfulness": helpfulness, "safety": safety}, len(rest)
     drawn = rng.sample(rest, min(n, len(rest)))
     return whole | {name: found for name in ("helpfulness", "safety", "open")
                     if (found := [pair for source, pair in drawn if source == name])}
@@ -883,8 +884,8 @@ def sample_all(folders: list[str], prompts: list[dict], name: str, settings: Col
     seed = zlib.crc32(f"{settings.seed} {name}".encode())
     if ranks.rank == 0:
         parts[0].parent.mkdir(exist_ok=True)
-        for part in () if settings.resume else parts:
-            part.unlink(missing_ok=True)
+        for old in () if settings.resume else (*parts, Path(settings.out, f"{name}-labels.jsonl")):
+            old.unlink(missing_ok=True)
     dist.barrier(cpu_group())
     mine = [i for i in range(ranks.rank, len(parts), ranks.world_size) if not parts[i].exists()]
     speakers = load_speakers(folders, ranks) if mine else []

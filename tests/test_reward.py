@@ -239,7 +239,7 @@ def test_the_mixes_are_those_of_the_paper():
     assert found["helpfulness"] == 600 and found["safety"] + found["open"] == 600 and 250 < found["safety"] < 350
     found = count("safety", helpfulness, ["s"] * 900, open_source)
     assert found["safety"] == 900 and found["helpfulness"] + found["open"] == 100
-    assert count("joint", helpfulness, safety, []) == {"helpfulness": 600, "safety": 500, "open": 0}
+    assert count("joint", helpfulness, safety, ["o"] * 9) == {"helpfulness": 600, "safety": 500, "open": 9}
 
 
 def test_held_out_comparisons_share_no_prompt_with_the_others():
