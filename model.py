@@ -104,6 +104,7 @@ class RMSNorm(nn.Module):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a table that sampling made serves training too
 def rope_table(head_dim: int, seq_len: int, theta: float, device: torch.device) -> Tensor:
     """The unit complex numbers exp(i · position · θ^(-2k/head_dim)) as (seq_len, head_dim / 2) (§2.2; RoPE)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
@@ -137,11 +138,14 @@ class Attention(nn.Module):
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_kv_heads, head_dim)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_kv_heads, head_dim)
         q, k = apply_rope(q, rotation), apply_rope(k, rotation)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, seq, head_dim)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, n_kv_heads, seq, head_dim)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (batch, n_kv_heads, columns, head_dim)
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        if q.shape[1] == 1:  # a group's heads stand as a sequence before their key and value head: fewer, larger products
+            q = q.view(len(q), k.shape[1], -1, self.head_dim)  # (batch, n_kv_heads, group, head_dim)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return self.wo(y.view(len(q), 1, -1))  # (batch, 1, dim)
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.wo(y.transpose(1, 2).flatten(2))  # (batch, seq, dim)
 
 
@@ -283,8 +287,8 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, lengths: Tensor, columns: int):
         """lengths: (batch,) tokens of each prompt. columns: room for the longest prompt and all new tokens."""
-        self.n_layers, self.columns, self.max_seq_len = config.n_layers, columns, config.max_seq_len
-        self.memory = None  # (n_layers, 2, batch, n_kv_heads, columns, head_dim) from the first keys on
+        self.columns, self.max_seq_len = columns, config.max_seq_len
+        self.memory = []  # of each layer: keys and values, (batch, n_kv_heads, columns, head_dim)
         self.lengths = lengths  # (batch,) tokens read so far
         self.used = 0  # columns that are filled
         width = int(lengths.max())
@@ -306,10 +310,9 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (batch, n_kv_heads, seq, head_dim) of the new columns; return all columns so far."""
-        if self.memory is None:
-            batch, heads, _, head_dim = k.shape
-            self.memory = k.new_empty(self.n_layers, 2, batch, heads, self.columns, head_dim)
-            self.hidden = None if self.hidden is None else self.hidden.to(k.dtype)
+        if self.used == 0:
+            room = *k.shape[:2], self.columns, k.shape[3]
+            self.memory.append([k.new_empty(room), v.new_empty(room)])
         keys, values = self.memory[layer]
         end = self.used + k.shape[2]
         keys[:, :, self.used : end] = k
@@ -320,6 +323,7 @@ class KVCache:
         """Of h (batch, seq, dim), what stands over each row's newest token (batch, dim); the columns are now filled."""
         if self.used == 0:
             newest = h[torch.arange(len(h), device=h.device), self.lengths - 1]
+            self.hidden = None if self.hidden is None else self.hidden.to(h.dtype)
         else:
             newest, self.lengths = h[:, 0], self.lengths + 1
         self.used += h.shape[1]
@@ -327,9 +331,11 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order; a row may be named several times (N samples of a prompt)."""
-        memory = self.memory.new_empty(*self.memory.shape[:2], len(rows), *self.memory.shape[3:])
-        memory[..., : self.used, :] = self.memory[:, :, rows, :, : self.used]
-        self.memory, self.lengths = memory, self.lengths[rows]
+        for pair in self.memory:
+            for i, old in enumerate(pair):
+                pair[i] = old.new_empty(len(rows), *old.shape[1:])
+                pair[i][:, :, : self.used] = old[rows, :, : self.used]
+        self.lengths = self.lengths[rows]
         self.hidden = None if self.hidden is None else self.hidden[rows]
 
 
@@ -356,18 +362,28 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
     logits: (batch, vocab). uniform: (batch,) in [0, 1), turned into a token by the inverse of the cumulative
     distribution. temperature 0 is greedy. top_p keeps the likeliest tokens until their mass exceeds it (released code).
     """
-    log_probs = torch.log_softmax(logits / temperature if temperature > 0 else logits, dim=-1)  # (batch, vocab)
     if temperature == 0:
+        probs = torch.softmax(logits, dim=-1)  # (batch, vocab)
         tokens = logits.argmax(-1, keepdim=True)  # (batch, 1)
     else:
-        probs = log_probs.exp()
-        if top_p < 1:
-            ordered, order = probs.sort(dim=-1, descending=True)
-            before = ordered.cumsum(-1) - ordered  # the mass of all likelier tokens
-            probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before > top_p, 0))
-        mass = probs.double().cumsum(-1)
+        probs = torch.softmax(logits / temperature, dim=-1)  # (batch, vocab)
+        mass = (nucleus(probs, top_p) if top_p < 1 else probs).cumsum(-1, dtype=torch.double)  # (batch, vocab)
         tokens = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (batch, 1)
-    return tokens[:, 0], log_probs.gather(-1, tokens)[:, 0]
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
+
+
+def nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """probs (batch, vocab), 0 for all but the likeliest tokens, which stay until their mass exceeds top_p.
+
+    To sort a vocabulary takes longer than a small model: all is sorted only if the 64 likeliest are too few for a row.
+    """
+    k = min(64, probs.shape[-1])
+    ordered = probs.topk(k).values  # (batch, k)
+    if (ordered.sum(-1) <= top_p).any():
+        ordered = probs.sort(descending=True).values  # (batch, vocab)
+    before = ordered.cumsum(-1) - ordered  # the mass of all likelier tokens
+    least = ordered.masked_fill(before > top_p, 1).amin(-1, keepdim=True)  # (batch, 1) the least likely token that stays
+    return probs.masked_fill(probs < least, 0)
 
 
 class Sample(NamedTuple):
@@ -376,7 +392,6 @@ class Sample(NamedTuple):
     log_probs: list[float]
 
 
-@torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.6,
              top_p: float = 0.9, stop: Sequence[int] = (), seed: int = 0, n_samples: int = 1,
              rows: Sequence[int] | None = None, batch_size: int = 256, log_probs: bool = False,
@@ -396,15 +411,17 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     if temperature < 0 or not 0 < top_p <= 1:
         raise ModelError(f"temperature {temperature} must not be below 0, and top_p {top_p} must be above 0 and at most 1")
     rows = range(len(prompts)) if rows is None else rows
+    sharded = hasattr(model, "reshard")  # by FSDP: what it gathers in inference mode can't be trained on
     results: list = [None] * (len(prompts) * n_samples)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
     group = max(1, batch_size // n_samples)
     for start in range(0, len(prompts), group):
         batch = by_length[start : start + group]
         indices = [i * n_samples + k for i in batch for k in range(n_samples)]
-        drawn = generate_batch(model, [prompts[i] for i in batch], [rows[i] for i in batch], n_samples, max_new_tokens,
-                               temperature, top_p, set(stop), seed,
-                               on_token and (lambda row, token: on_token(indices[row], token)))
+        with torch.no_grad() if sharded else torch.inference_mode():
+            drawn = generate_batch(model, [prompts[i] for i in batch], [rows[i] for i in batch], n_samples, max_new_tokens,
+                                   temperature, top_p, set(stop), seed,
+                                   on_token and (lambda row, token: on_token(indices[row], token)))
         for index, result in zip(indices, drawn):
             results[index] = result if log_probs else result.tokens
     return results

@@ -69,6 +69,7 @@ class Common:
     batch_size: int | None = None  # rows of a step, over all ranks | 1024, which is 4M tokens
     micro_batch: int | None = None  # rows of one forward pass on one rank
     seq_len: int | None = None  # tokens of a row | 4096 (Llama 1: 2048)
+    adam_eps: float = 1e-5  # ε of AdamW: gradients far below it hardly move a weight | 1e-5
     weight_decay: float = 0.1  # decay of the matrices; norm gains are exempt (our choice) | 0.1
     grad_clip: float = 1.0  # largest norm of the gradient | 1.0
     eval_every: int | None = None  # steps between evaluations
@@ -647,12 +648,12 @@ def cosine_schedule(step: int, steps: int, warmup: int, floor: float = 0.1) -> f
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, weight_decay: float, eps: float = 1e-5) -> torch.optim.AdamW:
     """AdamW with β 0.9 and 0.95, ε 1e-5 (§2.2); norm gains are not decayed (our choice)."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=eps, fused=True)
     for p in model.parameters():  # the state exists from the start, so that a checkpoint has a place to go
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
@@ -886,6 +887,11 @@ def parent_of(folder: str) -> Parent:
     files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     return Parent(config, tokenizer, key, lambda model, skip=(): set_weights(model, weight_of, skip))
+
+
+def world_of(folder: str) -> int:
+    """The seed of the tiny world that a run of ours knows; 0 for weights from elsewhere."""
+    return (read_config(folder)["settings"].get("world") or 0) if checkpoints(folder) else 0
 
 
 def save_model(model: Transformer, out: str, tokenizer: str) -> None:
@@ -1286,7 +1292,7 @@ def main(settings: Settings) -> None:
             return figures
 
         batch_at = lambda step: mixture.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
-        train(model, adamw(model, settings.weight_decay), batch_at, lm_loss, settings, ranks, steps, evaluate)
+        train(model, adamw(model, settings.weight_decay, settings.adam_eps), batch_at, lm_loss, settings, ranks, steps, evaluate)
         if ranks.rank == 0:
             report(out)
 

@@ -34,7 +34,7 @@ import toy
 from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint, gathered,
                       interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings, rank_0_first,
-                      read_config, read_lines, replace_file, sources, start, tiny_world, train)
+                      read_lines, replace_file, sources, start, tiny_world, train, world_of)
 from tokenizer import Tokenizer, TokenizerError, dialog_turns
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -51,21 +51,24 @@ class Settings(Common):
     lr: float | None = None  # peak learning rate | 2e-5
     batch_size: int | None = None  # rows of a step, over all ranks | 64
     seq_len: int | None = None  # tokens of a row | 4096
+    adam_eps: float | None = None  # ε of AdamW: gradients far below it hardly move a weight | 1e-5, in pretraining
     isolate: bool = True  # keep the dialogues of a row apart, by mask and positions; the paper does not say
     world: int | None = None  # seed of the tiny world; by default that of --init
     skip_bad_rows: bool = False  # count rows that are no dialogue and go on, instead of stopping at the first
-    dialogs: int = 6000  # dialogues of the tiny world | 27,540 annotations
+    dialogs: int = 20000  # dialogues of the tiny world | 27,540 annotations
     noise: float = 0.0  # share of bad answers among them (quality or quantity, §3.1)
     safety: float = 0.06  # share of unsafe prompts among them, all refused (§4.2.2)
     sample_tokens: int | None = None  # longest answer of a sample at an evaluation; 0: none (they need the whole model)
 
     BY_PRESET: ClassVar[dict[str, dict]] = {
-        name: dict(lr=2e-5, batch_size=64, micro_batch=1, seq_len=min(4096, config.max_seq_len), epochs=2, eval_every=100,
-                   save_every=100, checkpointing=True, sample_tokens=0)
+        name: dict(lr=2e-5, batch_size=64, micro_batch=1, seq_len=min(4096, config.max_seq_len), epochs=2, adam_eps=1e-5,
+                   eval_every=100, save_every=100, checkpointing=True, sample_tokens=0)
         for name, config in PRESETS.items() if not name.startswith("toy")
     } | {
-        name: dict(lr=lr, batch_size=8, micro_batch=8, seq_len=256, epochs=3, eval_every=10**6, save_every=100,
-                   checkpointing=False, sample_tokens=64)  # toy values: our choice
+        # toy values: our choice. With the paper's ε, Adam blows up the tiny gradients of all that no dialogue mentions to full
+        # steps, and the model forgets what pretraining taught it: README has the figures.
+        name: dict(lr=lr, batch_size=8, micro_batch=8, seq_len=256, epochs=1, adam_eps=1e-3, eval_every=100, save_every=100,
+                   checkpointing=False, sample_tokens=64)
         for name, lr in [("toy-s", 1.5e-3), ("toy", 1e-3), ("toy-m", 7e-4), ("toy-l", 5e-4)]
     }
 
@@ -284,30 +287,31 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[list[dict]], max_new_tokens: int = 64,
-                 **sampling) -> list[tuple[str, bool]]:
-    """The answer to the last message of each dialogue, and whether it ended with EOS. Greedy, unless told otherwise."""
+def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[list[dict]],
+                 max_new_tokens: int) -> list[tuple[str, bool]]:
+    """The greedy answer to the last message of each dialogue, and whether it ended with EOS."""
     prompts = [tokenizer.encode_dialog(messages)[0] for messages in dialogs]
-    answers = generate(model, prompts, max_new_tokens, **{"temperature": 0, "stop": (tokenizer.eos_id,)} | sampling)
+    answers = generate(model, prompts, max_new_tokens, temperature=0, stop=(tokenizer.eos_id,))
     return [(tokenizer.decode(answer).strip(), answer[-1] == tokenizer.eos_id) for answer in answers]
 
 
 def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_tokens: int) -> list[Answer]:
-    """Put to a model the test prompts of the tiny world: none of them ever occurs in the dialogues."""
+    """Put to a model what no dialogue of the tiny world asks, but for the unsafe topics of training."""
     rng = Random("survey")
-    obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 240, seed=1, split="test")]
+    obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 200, seed=1, split="test")]
     for prompt in obeying:
         prompt["system"] = rng.choice(prompt["constraint"]["texts"])
+    attacked = [p for attack in toy.ATTACKS for p in toy.unsafe_prompts(world, "test", attack)]
     parts = {
         "all": toy.prompts(world, 300, seed=0, split="test"),  # kinds as people ask them
         "fact": toy.every(world, "fact", "test"),
         "sum": toy.every(world, "sum", "test"),
-        "howto": toy.every(world, "howto", "test"),
+        "howto": toy.every(world, "howto", "test")[::2],
         "border": toy.borderline_prompts(world, "test"),
         "system": obeying,
         "unsafe, topics of training": toy.unsafe_prompts(world, "train"),
         "unsafe, new topics": toy.unsafe_prompts(world, "test"),
-        "unsafe, attacked": [p for attack in toy.ATTACKS for p in toy.unsafe_prompts(world, "test", attack)],
+        "unsafe, attacked": rng.sample(attacked, 120),
     }
     asked = [(part, prompt) for part, prompts in parts.items() for prompt in prompts]
     answers = chat_answers(model, tokenizer, [toy_messages(prompt) for _, prompt in asked], max_new_tokens)
@@ -324,7 +328,7 @@ def toy_messages(prompt: dict) -> list[dict]:
 def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, float, float]]:
     """What the annotators of the tiny world think of the answers: figure → (mean, low, high), a bootstrap over prompts."""
     def share(judge: Callable[[Answer], float], *parts: str) -> tuple[float, float, float]:
-        return interval(np.array([judge(a) for a in answers if not parts or a.part in parts], float))
+        return interval(np.array([judge(a) for a in answers if a.part in parts], float))
 
     def knows(answer: Answer) -> bool:
         return all(world.facts[tuple(fact)].lower() in toy.words(answer.text) for fact in answer.prompt["slots"])
@@ -332,7 +336,7 @@ def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, fl
     refuses = lambda a: toy.is_refusal(a.text)  # noqa: E731
     unsafe = [part for part in dict.fromkeys(a.part for a in answers) if part.startswith("unsafe")]
     return {
-        "right form": share(lambda a: a.ended and not toy.is_gibberish(world, a.text)),
+        "right form": share(lambda a: a.ended and not toy.is_gibberish(world, a.text), "all"),
         "true helpfulness": share(lambda a: toy.helpfulness(world, a.prompt, a.text), "all"),
         "facts never asked in training": share(knows, "fact"),
         "sums": share(lambda a: re.findall(r"\d+", a.text)[-1:] == [str(sum(a.prompt["slots"]))], "sum"),
@@ -362,7 +366,7 @@ def main(settings: Settings) -> None:
     if settings.seq_len > parent.config.max_seq_len:
         raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {parent.config.max_seq_len}")
     if settings.world is None:  # the one that the base model knows
-        settings = replace(settings, world=read_config(settings.init).get("settings", {}).get("world", 0))
+        settings = replace(settings, world=world_of(settings.init))
     tokenizer, bad = Tokenizer(parent.tokenizer), [] if settings.skip_bad_rows else None
     made_of = f"world {settings.world}: {settings.dialogs} dialogues, safety {settings.safety}, noise {settings.noise}"
     found = sources(settings.data, {"toy": (lambda: toy_dialogs(settings), made_of)}, lambda file: read_dialogs(file, bad))
@@ -390,7 +394,7 @@ def main(settings: Settings) -> None:
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
             kept, n_bad, cut, dropped = dialogs["counts"]
             print(f"{kept:,} dialogues of {len(dialogs['tokens']):,} tokens, {dialogs['is_answer'].mean():.0%} of them answers; "
-                  f"{n_bad} bad rows left out, {cut} cut at a turn to fit, {dropped} too long\n"
+                  f"{n_bad} bad rows left out, {cut} cut at a turn to fit, {dropped} longer than --seq_len\n"
                   f"{rows.n_rows:,} rows in {settings.epochs} epochs, packing efficiency {rows.efficiency:.1%}; {steps:,} steps")
             print_settings(settings)
 
@@ -409,7 +413,7 @@ def main(settings: Settings) -> None:
             return figures
 
         batch_at = lambda step: rows.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
-        optimizer, settings = adamw(model, settings.weight_decay), replace(settings, warmup=warmup)
+        optimizer, settings = adamw(model, settings.weight_decay, settings.adam_eps), replace(settings, warmup=warmup)
         train(model, optimizer, batch_at, lm_loss, settings, ranks, steps, evaluate)
         if ranks.rank == 0:
             report(out)
@@ -488,13 +492,14 @@ def chat(settings: Chat) -> None:
     system, seed = DEFAULT_SYSTEM if settings.default_system else settings.system, settings.seed
     turns: list[dict] = []
     note = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    if sys.stdin.isatty():
+    in_terminal = sys.stdin.isatty()
+    if in_terminal:
         note(Chat.__doc__)
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = input("> " * in_terminal).strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            print("\n" * in_terminal, end="")
             return
         command, _, rest = line.partition(" ")
         if command == "/system":
@@ -525,13 +530,13 @@ def chat(settings: Chat) -> None:
 
 def stream_answer(model: Transformer, tokenizer: Tokenizer, tokens: list[int], settings: Chat, seed: int) -> str:
     """Print an answer as it comes and return it; Ctrl-C cuts it short."""
-    stream, said = tokenizer.stream(), []
+    stream, said = tokenizer.stream(), ""
 
     def show(text: str) -> None:
-        text = text if said else text.lstrip()
-        if text:
-            said.append(text)
-            print(text, end="", flush=True)
+        nonlocal said
+        whole = said + text if said else text.lstrip()
+        print(whole.rstrip()[len(said.rstrip()) :], end="", flush=True)  # white space waits for what follows it
+        said = whole
 
     try:
         generate(model, [tokens], settings.max_new_tokens, settings.temperature, settings.top_p, (tokenizer.eos_id,), seed,
@@ -540,7 +545,7 @@ def stream_answer(model: Transformer, tokenizer: Tokenizer, tokens: list[int], s
         pass
     show(stream.flush())
     print()
-    return "".join(said).strip()
+    return said.strip()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ SMALL = ["--preset", "toy-s", "--batch_size", "4", "--micro_batch", "4", "--devi
          "--steps", "9", "--save_every", "3", "--eval_every", "3", "--sample_tokens", "4"]
 STAGES = {  # name: main, settings, flags; {base} holds small data files and, behind the first stage, base: a run of it
     "pretrain": (pretrain.main, pretrain.Settings, [*SMALL, "--data", "{base}/farm.txt", "--seq_len", "16", "--vocab_size", "340"]),
-    "sft": (sft.main, sft.Settings, [*SMALL, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "64"]),
+    "sft": (sft.main, sft.Settings, [*SMALL, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "64", "--epochs", "3"]),
 }
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}

@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from torch.distributed.device_mesh import init_device_mesh
 
 from model import ModelConfig
-from pretrain import Mixture, Settings, adamw, build, lm_loss, open_run, parse, prepare, rank_0_first, sources, start, train
+from pretrain import Mixture, Settings, adamw, build, lm_loss, open_run, parse, prepare, rank_0_first, start, text_sources, train
 
 
 def losses_of(ranks, out, *flags):
@@ -15,7 +15,7 @@ def losses_of(ranks, out, *flags):
     settings = parse(Settings, ["--preset", "toy-s", "--data", f"{sys.argv[1]}:9", "--out", out, "--steps", "200", "--lr", "5e-4",
                                 "--seq_len", "16", "--batch_size", "4", "--micro_batch", "1", "--vocab_size", "320", *flags])
     open_run(settings, "pretrain", ranks)
-    folder, index = prepare(sources(settings.data, 0), settings, ranks)
+    folder, index = prepare(text_sources(settings), settings, ranks)
     with rank_0_first(ranks):
         mixture = Mixture([(folder / part, 9) for part in index["farm"]["parts"]], settings.seq_len, 0, 2, 320, folder)
     config = ModelConfig(dim=30, n_layers=1, n_heads=3, n_kv_heads=1, ffn_hidden=50, vocab_size=320, max_seq_len=16)

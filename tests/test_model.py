@@ -10,7 +10,8 @@ import torch
 
 import model as model_file
 from model import (IGNORE, PRESETS, KVCache, ModelConfig, ModelError, Transformer, apply_rope, count_parameters,
-                   document_positions, generate, initial_weight, rope_table, sample, swiglu_hidden, target_log_probs, uniforms)
+                   document_positions, generate, initial_weight, nucleus, rope_table, sample, swiglu_hidden, target_log_probs,
+                   uniforms)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "llama_logits.json").read_text())["cases"]
 TINY = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=40, vocab_size=50, max_seq_len=48)
@@ -228,6 +229,29 @@ def test_samples_have_the_frequencies_of_the_softmax_and_top_p_cuts_the_tail():
         assert (frequency[expected == 0] == 0).all()
 
 
+@pytest.mark.parametrize("scale", [4.0, 0.1])  # the nucleus lies inside the 64 likeliest tokens, or not
+def test_the_nucleus_is_the_shortest_start_of_the_sorted_tokens_whose_mass_exceeds_top_p(scale):
+    probs = torch.softmax(torch.randn(5, 300) * scale, -1)
+    kept = nucleus(probs, 0.9)
+    for row, found in zip(probs.double().tolist(), kept):
+        mass, expected = 0.0, set()
+        for token in sorted(range(300), key=lambda token: -row[token]):
+            if mass <= 0.9:
+                expected.add(token)
+            mass += row[token]
+        assert set(found.nonzero()[:, 0].tolist()) == expected
+        assert (len(expected) > 64) == (scale < 1)
+    assert torch.equal(kept[kept > 0], probs[kept > 0])
+
+
+def test_a_model_that_has_sampled_can_still_be_trained():
+    rope_table.cache_clear()  # so that sampling makes the table which training then uses
+    model = loud()
+    generate(model, PROMPTS, 4)
+    model(torch.ones(1, 3, dtype=torch.long), targets=torch.ones(1, 3, dtype=torch.long)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_uniforms_are_splitmix64_of_seed_row_sample_and_step_in_turn():
     def mix(x):
         x = (x + 0x9E3779B97F4A7C15) % 2**64
@@ -263,7 +287,7 @@ def test_the_cache_keeps_the_rows_that_it_is_told_to_keep():
         cache.append(layer, k, -k)
     cache.newest(torch.zeros(2, 3, 1))
     cache.keep(torch.tensor([1, 1, 0]))
-    assert torch.equal(cache.memory[1, 0, :, :, :3], k[[1, 1, 0]]) and cache.lengths.tolist() == [3, 3, 2]
+    assert torch.equal(cache.memory[1][0][:, :, :3], k[[1, 1, 0]]) and cache.lengths.tolist() == [3, 3, 2]
 
 
 @pytest.mark.parametrize("prompt, word", [([], "empty"), ([1] * 48, "48"), ([1, 50], "50"), ([-1, 2], "-1")])

@@ -21,7 +21,7 @@ import pretrain
 from model import IGNORE, PRESETS, Transformer, generate, with_vocab
 from pretrain import (InputError, Mixture, Ranks, Settings, adamw, build, checkpoints, cosine_schedule, flops_per_token,
                       gathered, interval, lm_loss, load_checkpoint, load_model, optimizer_step, parse, permute, perplexity,
-                      read_documents, save_checkpoint, sources, train)
+                      read_documents, save_checkpoint, text_sources, train)
 
 HERE = Path(__file__).resolve().parent.parent
 TEXT = "\n\n".join(f"The {a} {b} has {i} eggs. It likes the {b}. " * 4 for i in range(30) for a, b in [("old", "fox"), ("red", "hen")])
@@ -152,7 +152,7 @@ def test_a_malformed_line_is_named_by_file_and_number(tmp_path, name, content, w
 
 
 def test_a_source_is_name_glob_and_epochs(text_file):
-    found = sources(["toy", f"{text_file}:2", f"mine={text_file}", "toy-web=toy/web:.5"], 0)
+    found = text_sources(parse(Settings, ["--data", "toy", f"{text_file}:2", f"mine={text_file}", "toy-web=toy/web:.5"]))
     assert [(s.name, s.epochs) for s in found] == [("encyclopedia", 3), ("web", 0.4545), ("stories", 1), ("numbers", 1),
                                                    ("farm", 2), ("mine", 1), ("toy-web", 0.5)]
 
@@ -160,7 +160,7 @@ def test_a_source_is_name_glob_and_epochs(text_file):
 @pytest.mark.parametrize("spec", ["nowhere/*.txt", "toy/atlas", "a/b=docs", "docs:0"])
 def test_a_source_that_cannot_be_is_refused(spec):
     with pytest.raises(InputError):
-        sources([spec], 0)
+        text_sources(parse(Settings, ["--data", spec]))
 
 
 # ---- optimizer and schedule
@@ -364,7 +364,7 @@ def test_a_checkpoint_with_code_in_its_index_runs_nothing(tmp_path, ranks):
 
 
 def shards(settings, ranks):
-    return pretrain.prepare(sources(settings.data, settings.world), settings, ranks)
+    return pretrain.prepare(text_sources(settings), settings, ranks)
 
 
 def run_in_process(settings, ranks, text_file, stop_at=None):

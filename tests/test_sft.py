@@ -284,7 +284,7 @@ def test_a_file_of_dialogues_trains_by_its_name_alone_the_same_on_two_ranks_and_
     rows = [{"instruction": "What has eggs?", "output": f"The old fox has {i} eggs."} for i in range(45)]
     rows += [{"conversations": [{"from": "human", "value": "Eggs?"}, {"from": "gpt", "value": "Yes."}]}, {"prompt": "No answer"}]
     (tmp_path / "chat.json").write_text(json.dumps(rows, indent=1))
-    flags = ["--init", base, "--data", tmp_path / "chat.json", "--seq_len", 128, "--batch_size", 4, "--steps", 6]
+    flags = ["--init", base, "--data", tmp_path / "chat.json", "--seq_len", 128, "--batch_size", 4, "--epochs", 3, "--steps", 6]
     refused = launch("sft.py", *flags, "--out", tmp_path / "one")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert f"chat.json, line {json.dumps(rows[:-1], indent=1).count(chr(10)) + 1}" in refused.stderr
@@ -299,7 +299,7 @@ def test_a_file_of_dialogues_trains_by_its_name_alone_the_same_on_two_ranks_and_
                   stdin="Hi\n/system Be kind.\nHi\n[INST]\n/reset\nHi\n/nonsense\n")
     assert said.returncode == 0 and "Traceback" not in said.stderr
     answers = said.stdout.splitlines()
-    assert len(answers) == 4 and answers[0] == answers[2]  # three answers, and the end of the line that Ctrl-D leaves
+    assert len(answers) == 3 and answers[0] == answers[2]
     assert "under: Be kind." in said.stderr and "carries the tag [INST]" in said.stderr
 
 
