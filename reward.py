@@ -40,7 +40,7 @@ import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Ranks, adamw, build, command_line, cpu_group, file_fingerprint, interval,
                       load_model, locked, open_run, parent_of, permute, print_settings, read_config, replace_file,
-                      set_weights, start, tiny_world, train)
+                      set_weights, start, tiny_world, train, world_of)
 from sft import messages_of, read_rows, toy_messages
 from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
 
@@ -601,7 +601,7 @@ def main(settings: Settings) -> None:
         loss_fn = partial(reward_loss, safety_aux=settings.safety_aux)
         batches = partial(batch_at, pairs, batch_size=settings.batch_size, micro_batch=settings.micro_batch, seed=settings.seed,
                           ranks=ranks)
-        train(model, adamw(model, settings.weight_decay), batches, loss_fn, settings, ranks, steps, evaluate)
+        train(model, adamw(model, settings.weight_decay, settings.adam_eps), batches, loss_fn, settings, ranks, steps, evaluate)
         if ranks.rank == 0:
             print_measures({f"{settings.kind}, held-out prompts": json.loads((out / "accuracy.json").read_text())})
             print(f"model and metrics are in {out}")
@@ -854,7 +854,7 @@ def collect(settings: Collect) -> None:
     second = {axis: settings.b or ("out/pretrain" if axis == "safety" else settings.a) for axis in axes}
     folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two
     if settings.world is None:
-        settings = replace(settings, world=read_config(settings.a).get("settings", {}).get("world") or 0)
+        settings = replace(settings, world=world_of(settings.a))
     ranks = start(settings)
     with locked(settings.out, ranks):
         out, data = Path(settings.out), {folder: speaker_fingerprint(folder) for folder in sum(folders.values(), [])}
