@@ -7,4 +7,8 @@ python="${PYTHON:-python}"
 $python pretrain.py             # §2: world, tokenizer, one epoch, base model
 $python eval.py facts           # §2.1: does it know the encyclopedia, or the web's myths?
 $python sft.py                  # §3.1: the base model becomes a chat model
+$python reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
+$python reward.py --kind helpfulness    # §3.2.2: a model of each
+$python reward.py --kind safety
+$python reward.py eval          # Tables 7, 8 and 29
 $python eval.py report          # out/report.html

@@ -230,10 +230,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def build(config: ModelConfig, settings, ranks: Ranks) -> Transformer:
+def build(config: ModelConfig, settings, ranks: Ranks, kind: type[Transformer] = Transformer) -> Transformer:
     """A model whose parameters are sharded over the ranks (FSDP2), with the same weights at any world size."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = kind(config)
     bf16 = settings.dtype == "bf16" or settings.dtype == "auto" and ranks.device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for block in model.layers:
@@ -248,9 +248,11 @@ def build(config: ModelConfig, settings, ranks: Ranks) -> Transformer:
 
 
 @torch.no_grad()
-def set_weights(model: nn.Module, weight_of: Callable[[str, torch.Size], Tensor]) -> None:
-    """Fill a sharded model with `weight_of(name, shape)`, whole tensors that every rank computes for itself."""
+def set_weights(model: nn.Module, weight_of: Callable[[str, torch.Size], Tensor], skip: tuple[str, ...] = ()) -> None:
+    """Fill a sharded model, but for `skip`, with `weight_of(name, shape)`, whole tensors that every rank computes for itself."""
     for name, p in model.named_parameters():
+        if name in skip:
+            continue
         whole = weight_of(name, p.shape).to(p.dtype)
         p.to_local().copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local())
 
@@ -816,12 +818,12 @@ def read_checkpoint(folder: str | Path, state: dict[str, Tensor]) -> dict:
     return progress
 
 
-def load_model(out: str | Path) -> tuple[Transformer, Tokenizer, dict]:
+def load_model(out: str | Path, kind: type[Transformer] = Transformer) -> tuple[Transformer, Tokenizer, dict]:
     """The newest model of a run as a plain module on the CPU, its tokenizer, and its config.json."""
     found, config = checkpoints(out), read_config(out)
     if not found or not config:
         raise InputError(f"{out}: there is no checkpoint; make one with `python pretrain.py --out {out}`")
-    model = Transformer(ModelConfig(**config["model"]))
+    model = kind(ModelConfig(**config["model"]))
     load_checkpoint(found[-1], {"model": model}, {})
     return model.eval(), Tokenizer(str(Path(out, "tokenizer.model"))), config
 
@@ -866,22 +868,26 @@ class Parent(NamedTuple):
     config: ModelConfig
     tokenizer: str
     fingerprint: str
-    fill: Callable[[nn.Module], None]
+    fill: Callable[..., None]  # of (model, skip=names of parameters that the model has of its own)
 
 
 def parent_of(folder: str) -> Parent:
     """A run of ours, Meta's release or a Hugging Face folder, as --init names it; filled shard by shard, never whole."""
     if checkpoints(folder):
         config, newest = ModelConfig(**read_config(folder)["model"]), checkpoints(folder)[-1]
-        return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder),
-                      lambda model: load_checkpoint(newest, {"model": model}, {}))
+
+        def fill(model: nn.Module, skip: tuple[str, ...] = ()) -> None:
+            state = checkpoint_state({"model": model}, {})
+            read_checkpoint(newest, {name: p for name, p in state.items() if name.removeprefix("model/weights/") not in skip})
+
+        return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder), fill)
     if not Path(folder).is_dir():
         maker = {"pretrain": "; make it with `python pretrain.py`", "sft": "; make it with `python sft.py`"}
         raise InputError(f"--init {folder}: there is no such folder{maker.get(Path(folder).name, '')}")
     config, weight_of, tokenizer = read_any(folder)
     files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
-    return Parent(config, tokenizer, key, lambda model: set_weights(model, weight_of))
+    return Parent(config, tokenizer, key, lambda model, skip=(): set_weights(model, weight_of, skip))
 
 
 def world_of(folder: str) -> int:
