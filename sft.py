@@ -56,7 +56,7 @@ class Settings(Common):
     isolate: bool = True  # keep the dialogues of a row apart, by mask and positions; the paper does not say
     world: int | None = None  # seed of the tiny world; by default that of --init
     skip_bad_rows: bool = False  # count rows that are no dialogue and go on, instead of stopping at the first
-    dialogs: int = 20000  # dialogues of the tiny world | 27,540 annotations
+    dialogs: int = 16000  # dialogues of the tiny world | 27,540 annotations
     noise: float = 0.0  # share of bad answers among them (quality or quantity, §3.1)
     safety: float = 0.06  # share of unsafe prompts among them, all refused (§4.2.2)
     sample_tokens: int | None = None  # longest answer of a sample at an evaluation; 0: none (they need the whole model)
