@@ -66,8 +66,8 @@ class Settings(Common):
                    adam_eps=1e-5, eval_every=100, save_every=100, checkpointing=True, sample_tokens=0)
         for name, config in PRESETS.items() if not name.startswith("toy")
     } | {
-        # toy values: our choice. With the paper's ε, Adam blows up the tiny gradients of all that no dialogue mentions to full
-        # steps, and the model forgets what pretraining taught it: README has the figures.
+        # toy values: our choice. At this learning rate and the paper's ε, Adam turns tiny gradients into whole steps, and the
+        # model forgets what no dialogue mentions: README has the figures.
         name: dict(lr=lr, lr_floor=0.0, batch_size=8, micro_batch=8, seq_len=256, epochs=1, adam_eps=1e-3, eval_every=100,
                    save_every=100, checkpointing=False, sample_tokens=64)
         for name, lr in [("toy-s", 1.5e-3), ("toy", 1e-3), ("toy-m", 7e-4), ("toy-l", 5e-4)]
