@@ -635,8 +635,10 @@ def evaluate(settings: Eval) -> None:
         print(f"{name}: accuracy rises with the rating, z = {z:.1f}, p = {p:.2g}")
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "rewards.json", json.dumps(measures, indent=1).encode())
     draw(judged, configs, measures, out)
+    replace_file(out / "rewards.json", json.dumps(measures, indent=1).encode())
+    record = {"stage": "rewards", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
+    replace_file(out / "config.json", json.dumps(record, indent=1).encode())
 
 
 def true_scores(pairs: list[dict], axis: str) -> np.ndarray | None:
