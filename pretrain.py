@@ -1121,6 +1121,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
             skipped += bad > 0
             interrupted, count = figures.pop("interrupted"), figures.pop("count")
             tokens += int(count)
+            logs = {name: value for name, value in figures.items() if name not in ("loss", "grad_norm")}
+            logs = logs or {"ppl": math.exp(min(20, figures["loss"]))}  # a loss without logs is a language model's: nats a token
             now = time.perf_counter()
             computed = ranks.world_size * sum(batch[0].numel() for batch in batches)  # count: those that were learnt
             seconds, rate, clock = seconds + now - clock, computed / (now - clock), now
@@ -1136,8 +1138,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
                         "seconds": round(seconds, 3), "skipped": skipped}
                 finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
                 log.write(json.dumps(finite) + "\n")
-                bar.set_postfix_str(f"loss {figures['loss']:.3f} ppl {math.exp(min(20, figures['loss'])):.2f} lr {lr:.1e} "
-                                    f"grad {figures['grad_norm']:.2f} {rate:,.0f} tok/s" + (f" mfu {used:.0%}" if used else "")
+                bar.set_postfix_str(f"loss {figures['loss']:.3f} " + "".join(f"{name} {logs[name]:.2f} " for name in logs)
+                                    + f"lr {lr:.1e} grad {figures['grad_norm']:.2f} {rate:,.0f} tok/s"
+                                    + (f" mfu {used:.0%}" if used else "")
                                     + (f" skipped {skipped}" if skipped else ""), refresh=False)
             bar.update()
             if step % settings.save_every == 0 or step == steps or interrupted:
