@@ -85,57 +85,6 @@ class Settings(Common):
     }
 
 
-@dataclass(frozen=True)
-class Collect:
-    """Sample two answers to each prompt and have them compared, for helpfulness and for safety (§3.2.1).
-
-    The two come from two different variants: models a and b at varied temperatures, in random order.
-    """
-    axis: str = "both"  # what is compared: helpfulness, safety, or both one after the other
-    a: str = "out/sft"  # chat model to sample from
-    b: str = ""  # second model; else for safety out/pretrain, a base model that complies, and for helpfulness none
-    prompts: str = ""  # .jsonl of {"prompt": text or messages}; else prompts of the tiny world
-    annotator: str = "toy"  # who compares: toy, the rules of the tiny world, or person, you in this terminal
-    out: str = "out/preferences"  # folder of the comparisons; started again, it goes on where it stopped
-    helpfulness_pairs: int = 2500  # comparisons of helpfulness to train on, for prompts of the tiny world
-    safety_pairs: int = 1200  # comparisons of safety to train on
-    test_pairs: int = 1000  # comparisons on held-out prompts, of each axis | 1000 of each weekly batch
-    temperatures: tuple[str, ...] = ("0.5", "0.8", "1.1")  # temperatures of the variants | varied
-    max_new_tokens: int = 64  # longest answer, in tokens
-    batch_size: int = 256  # prompts that are sampled together and kept together: the unit of resume
-    world: int | None = None  # seed of the tiny world; by default that of --a
-    seed: int = 0  # seed of prompts, variants and samples
-    device: str = "auto"  # cpu, cuda, or auto
-    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
-    replicas: int = 1  # not used here: every rank samples with a whole model
-    resume: bool = True  # go on where the run in --out stopped
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Count comparisons as Table 6 does, and their ratings as Figure 25 does."""
-    files: tuple[str, ...] = ("out/preferences/helpfulness.jsonl", "out/preferences/safety.jsonl")  # files of comparisons
-    tokenizer: str = "out/sft/tokenizer.model"  # tokenizer that counts
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-    POSITIONAL: ClassVar[str] = "files"
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Compare reward models on both test sets: Tables 7, 8 and 29, Figures 6, 27, 29 and 32."""
-    runs: tuple[str, ...] = ("out/reward-helpfulness", "out/reward-safety")  # reward models
-    helpfulness: tuple[str, ...] = ("out/preferences/helpfulness-test.jsonl",)  # held-out comparisons by helpfulness
-    safety: tuple[str, ...] = ("out/preferences/safety-test.jsonl",)  # held-out comparisons by safety
-    out: str = "out/rewards"  # folder of the tables and pictures
-    device: str = "auto"  # cpu, cuda, or auto
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-    POSITIONAL: ClassVar[str] = "runs"
-
-
 # ---------------------------------------------------------------------------------------------- losses
 
 
@@ -601,6 +550,19 @@ def print_measures(measures: dict[str, dict]) -> None:
               + "".join(f"{'-' if cell is None else f'{100 * cell:.1f}':>12}" for cell in cells))
 
 
+@dataclass(frozen=True)
+class Eval:
+    """Compare reward models on both test sets: Tables 7, 8 and 29, Figures 6, 27, 29 and 32."""
+    runs: tuple[str, ...] = ("out/reward-helpfulness", "out/reward-safety")  # reward models
+    helpfulness: tuple[str, ...] = ("out/preferences/helpfulness-test.jsonl",)  # held-out comparisons by helpfulness
+    safety: tuple[str, ...] = ("out/preferences/safety-test.jsonl",)  # held-out comparisons by safety
+    out: str = "out/rewards"  # folder of the tables and pictures
+    device: str = "auto"  # cpu, cuda, or auto
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+    POSITIONAL: ClassVar[str] = "runs"
+
+
 def evaluate(settings: Eval) -> None:
     """Print accuracies of every model on every test set, and draw the paper's figures into --out."""
     device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -705,6 +667,16 @@ def draw(judged: dict, configs: dict, measures: dict, out: Path) -> None:
 # ---------------------------------------------------------------------------------------------- statistics
 
 
+@dataclass(frozen=True)
+class Stats:
+    """Count comparisons as Table 6 does, and their ratings as Figure 25 does."""
+    files: tuple[str, ...] = ("out/preferences/helpfulness.jsonl", "out/preferences/safety.jsonl")  # files of comparisons
+    tokenizer: str = "out/sft/tokenizer.model"  # tokenizer that counts
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+    POSITIONAL: ClassVar[str] = "files"
+
+
 def stats(settings: Stats) -> None:
     """Print the means of Table 6 of each file, and the shares of ratings (Figure 25) and of safety bins (§3.2.1).
 
@@ -733,6 +705,34 @@ def stats(settings: Stats) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- collecting
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Sample two answers to each prompt and have them compared, for helpfulness and for safety (§3.2.1).
+
+    The two come from two different variants: models a and b at varied temperatures, in random order.
+    """
+    axis: str = "both"  # what is compared: helpfulness, safety, or both one after the other
+    a: str = "out/sft"  # chat model to sample from
+    b: str = ""  # second model; else for safety out/pretrain, a base model that complies, and for helpfulness none
+    prompts: str = ""  # .jsonl of {"prompt": text or messages}; else prompts of the tiny world
+    annotator: str = "toy"  # who compares: toy, the rules of the tiny world, or person, you in this terminal
+    out: str = "out/preferences"  # folder of the comparisons; started again, it goes on where it stopped
+    helpfulness_pairs: int = 2500  # comparisons of helpfulness to train on, for prompts of the tiny world
+    safety_pairs: int = 1200  # comparisons of safety to train on
+    test_pairs: int = 1000  # comparisons on held-out prompts, of each axis | 1000 of each weekly batch
+    temperatures: tuple[str, ...] = ("0.5", "0.8", "1.1")  # temperatures of the variants | varied
+    max_new_tokens: int = 64  # longest answer, in tokens
+    batch_size: int = 256  # prompts that are sampled together and kept together: the unit of resume
+    world: int | None = None  # seed of the tiny world; by default that of --a
+    seed: int = 0  # seed of prompts, variants and samples
+    device: str = "auto"  # cpu, cuda, or auto
+    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
+    replicas: int = 1  # not used here: every rank samples with a whole model
+    resume: bool = True  # go on where the run in --out stopped
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
 
 
 class Speaker(NamedTuple):
