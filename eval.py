@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,6 +22,7 @@ import torch
 import toy
 from model import IGNORE, Transformer, generate
 from pretrain import InputError, command_line, interval, load_model, read_config, replace_file
+from reward import RATINGS, SAFETY, read_pairs
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- likelihoods
@@ -205,7 +207,78 @@ def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             "<p>The same prompts, answered before and after:</p>", *samples(run)]
 
 
-SECTIONS = {"pretrain": pretrain_section, "sft": sft_section}  # in the paper's order
+def percent(values: list[float | None]) -> list[str]:
+    """Shares in percent, as the paper prints them; a dash for what there is none of."""
+    return ["-" if value is None else f"{100 * value:.1f}" for value in values]
+
+
+def collect_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on comparisons: how many, their ratings (Figure 25) and their safety bins (§3.2.1)."""
+    rows = []
+    for name in ("helpfulness", "helpfulness-test", "safety", "safety-test"):
+        if (run / f"{name}.jsonl").exists():
+            pairs, _ = read_pairs((str(run / f"{name}.jsonl"),))
+            counts = Counter(pair[key] for pair in pairs for key in ("rating", "safety"))
+            shares = percent([counts[group] / max(1, len(pairs)) for group in (*RATINGS, *SAFETY)])
+            rows.append([name, f"{len(pairs):,}", *shares])
+    annotator = "the rules of the tiny world" if settings["annotator"] == "toy" else "a person"
+    return [f"<h2>Comparisons, {html.escape(str(run))} (§3.2.1)</h2>",
+            f"<p>Two answers to each prompt, compared by {annotator}. As the paper's models became better, their answers became "
+            "alike: from week to week fewer pairs were significantly better.</p>",
+            table(["in %", "comparisons", *RATINGS, *SAFETY], [
+                *rows,
+                ["the paper, first week", "5,561", "≈18", "≈28", "≈28 … 33", "≈25", "", "", ""],
+                ["the paper, last week", "249,356", "≈9", "≈21", "≈28 … 33", "≈38.5", "", "", ""],
+                ["the paper, safety", "", "", "", "", "", 18, 47, 35]])]
+
+
+def reward_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on one reward model: accuracy by rating (Table 8), by safety bin, and recall (Table 29)."""
+    last, found = metrics[-1], json.loads((run / "accuracy.json").read_text())
+    every, low, high, longer = percent([*found["accuracy"]["all"][1:], found["longer"]])
+    ratings, bins = (percent([found["accuracy"].get(group, [0, None])[1] for group in groups]) for groups in (RATINGS, SAFETY))
+    paper = {"helpfulness": [80.7, 67.5, 60.9, 54.7, 63.2], "safety": [94.3, 76.3, 65.7, 55.3, 64.5]}  # Table 8, own test set
+    parts = [f"<h2>Reward model, {settings['kind']}, {html.escape(str(run))} (§3.2.2)</h2>",
+             f"<p>{last['tokens']:,} pairs in {last['seconds']:.0f} s, margin {settings['margin']}; right about {every} % "
+             f"[{low}, {high}] of the held-out pairs. To call the longer answer the better is right about {longer} %.</p>",
+             "<p>It should be surest where the annotators were: accuracy should fall from left to right.</p>",
+             table(["accuracy in %", *RATINGS, "all"],
+                   [["this model", *ratings, every],
+                    *[["the paper (Table 8)", *values] for kind, values in paper.items() if kind == settings["kind"]]])]
+    if "recall" in found:
+        parts += ["<p>Pairs of a safe and an unsafe answer should be the easiest, and the safety loss should put unsafe answers "
+                  "below 0.5; recall is the share of them that lies there.</p>",
+                  table(["accuracy in %", *SAFETY, "all", "recall of unsafe answers"],
+                        [["this model", *bins, every, *percent([found["recall"]])],
+                         ["the paper, without the safety loss (Table 29)", 93.0, 56.0, 59.5, 63.7, 73.0],
+                         ["the paper, with it", 94.3, 56.9, 59.9, 64.5, 90.4]])]
+    return parts
+
+
+def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on reward models side by side: Table 7, Figures 6, 27, 29 and 32."""
+    found = json.loads((run / "rewards.json").read_text())
+    rows = []
+    for model in settings["runs"]:
+        tests = [percent(found[f"{model} on {test}"]["accuracy"]["all"][1:]) for test in ("helpfulness", "safety")]
+        rows.append([model, *("{} [{}, {}]".format(*cells) for cells in tests)])
+    parts = ["<h2>Reward models side by side (§3.2.2)</h2>",
+             "<p>Each should win on its own test set (Table 7).</p>",
+             table(["accuracy in %", "helpfulness", "safety"],
+                   [*rows, ["the paper, Helpfulness RM", 63.2, 62.8], ["the paper, Safety RM", 56.2, 64.5],
+                    ["the paper, GPT-4", 58.6, 58.1]])]
+    for name, text in (("scores", "A margin should push the scores to the two ends (Figure 27):"),
+                       ("calibration", "The score should rise with the true quality, though it learnt from pairs (Figure 29):"),
+                       ("scaling", "More comparisons and a larger model should both help (Figure 6):"),
+                       ("tension", "An answer can be safe and no help, or help and be unsafe; hence two models (Figure 32):")):
+        if (run / f"{name}.png").exists():
+            parts += [f"<p>{text}</p>", picture(run / f"{name}.png", name)]
+    return parts
+
+
+SECTIONS = {"pretrain": pretrain_section, "sft": sft_section, "collect": collect_section, "reward": reward_section,
+            "rewards": rewards_section}  # in the paper's order
+RESULTS = ("metrics.jsonl", "helpfulness.jsonl", "safety.jsonl", "rewards.json")  # a run with none of them is unfinished
 
 
 @dataclass(frozen=True)
@@ -218,16 +291,16 @@ class Report:
 
 def report(settings: Report) -> None:
     """Write OUT/report.html."""
-    runs = sorted(path.parent for path in Path(settings.out).glob("*/metrics.jsonl") if path.stat().st_size)
+    runs = sorted({path.parent for name in RESULTS for path in Path(settings.out).glob(f"*/{name}") if path.stat().st_size})
     if not runs:
         raise InputError(f"{settings.out}: there is no finished run to report on; `bash paper.sh` makes them")
     sections = []
     for stage, section in SECTIONS.items():
         for run in runs:
             config = read_config(run)
-            if config["stage"] == stage:
-                metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-                sections += section(run, config["settings"], metrics)
+            if config.get("stage") == stage:
+                lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+                sections += section(run, config["settings"], [json.loads(line) for line in lines])
     page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>Llama 2, small</title><style>{STYLE}</style><h1>Llama 2, from raw text, small</h1>"
             f"<p class=note>Made {time.strftime('%Y-%m-%d %H:%M')} by <code>python eval.py report</code>.</p>")

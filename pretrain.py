@@ -883,7 +883,7 @@ def parent_of(folder: str) -> Parent:
         return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder), fill)
     if not Path(folder).is_dir():
         maker = {"pretrain": "; make it with `python pretrain.py`", "sft": "; make it with `python sft.py`"}
-        raise InputError(f"--init {folder}: there is no such folder{maker.get(Path(folder).name, '')}")
+        raise InputError(f"{folder}: there is no such folder{maker.get(Path(folder).name, '')}")
     config, weight_of, tokenizer = read_any(folder)
     files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
@@ -1121,6 +1121,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
             skipped += bad > 0
             interrupted, count = figures.pop("interrupted"), figures.pop("count")
             tokens += int(count)
+            logs = {name: value for name, value in figures.items() if name not in ("loss", "grad_norm")}
+            logs = logs or {"ppl": math.exp(min(20, figures["loss"]))}  # a loss without logs is a language model's: nats a token
             now = time.perf_counter()
             computed = ranks.world_size * sum(batch[0].numel() for batch in batches)  # count: those that were learnt
             seconds, rate, clock = seconds + now - clock, computed / (now - clock), now
@@ -1136,8 +1138,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
                         "seconds": round(seconds, 3), "skipped": skipped}
                 finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
                 log.write(json.dumps(finite) + "\n")
-                bar.set_postfix_str(f"loss {figures['loss']:.3f} ppl {math.exp(min(20, figures['loss'])):.2f} lr {lr:.1e} "
-                                    f"grad {figures['grad_norm']:.2f} {rate:,.0f} tok/s" + (f" mfu {used:.0%}" if used else "")
+                bar.set_postfix_str(f"loss {figures['loss']:.3f} " + "".join(f"{name} {logs[name]:.2f} " for name in logs)
+                                    + f"lr {lr:.1e} grad {figures['grad_norm']:.2f} {rate:,.0f} tok/s"
+                                    + (f" mfu {used:.0%}" if used else "")
                                     + (f" skipped {skipped}" if skipped else ""), refresh=False)
             bar.update()
             if step % settings.save_every == 0 or step == steps or interrupted:
@@ -1200,6 +1203,9 @@ def log_samples(path: Path, step: int, texts: list[str]) -> None:
         f.write(f"--- step {step}\n" + "".join(text.replace("\n", "\\n") + "\n" for text in texts))
 
 
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which colour-blind readers can tell apart
+
+
 def draw_loss(out: Path) -> None:
     """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
     try:
@@ -1218,10 +1224,9 @@ def draw_loss(out: Path) -> None:
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     axes.plot(tokens[window // 2 :][: len(smooth)], smooth, color="k", lw=1.5, label=f"training, mean of {window} steps")
     names = sorted({key.removeprefix("loss/") for row in rows for key in row if key.startswith("loss/")})
-    for i, name in enumerate(names):  # Okabe and Ito's colours, which colour-blind readers can tell apart
+    for i, name in enumerate(names):
         points = [(r["tokens"] / 1e6, r["loss/" + name]) for r in rows if "loss/" + name in r]
-        colour = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"][i % 5]
-        axes.plot(*zip(*points), "o-", ms=4, color=colour, label=f"held-out {name}")
+        axes.plot(*zip(*points), "o-", ms=4, color=COLOURS[i % 5], label=f"held-out {name}")
     axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", yscale="log")
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=[1, 2, 3, 5]))
     axes.yaxis.set_major_formatter("{x:g}")

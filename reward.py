@@ -9,8 +9,8 @@
 
 A comparison is {"prompt": text or messages, "chosen": text, "rejected": text, "rating": one of RATINGS, "safety": one
 of SAFETY}; rating and safety may be missing. Scores are raw logits, read at an answer's last token; a sigmoid puts them
-into (0, 1), as the paper draws them. Read it in this order: losses, the model, comparisons, batches, accuracy, training,
-several models compared, statistics, collecting.
+into (0, 1), as the paper draws them. Read it in this order: losses, the model, comparisons, mixes and batches, training,
+evaluation, statistics, collecting.
 """
 import importlib.util
 import json
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
-from pretrain import (Common, InputError, Ranks, adamw, build, command_line, cpu_group, file_fingerprint, interval,
+from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, command_line, cpu_group, file_fingerprint, interval,
                       load_model, locked, open_run, parent_of, permute, print_settings, read_config, replace_file,
                       set_weights, start, tiny_world, train, world_of)
 from sft import messages_of, read_rows, toy_messages
@@ -83,57 +83,6 @@ class Settings(Common):
         name: dict(lr=5e-4, batch_size=32, micro_batch=8, seq_len=512, eval_every=1000, save_every=100, checkpointing=False)
         for name in PRESETS if name.startswith("toy")  # toy values: our choice
     }
-
-
-@dataclass(frozen=True)
-class Collect:
-    """Sample two answers to each prompt and have them compared, for helpfulness and for safety (§3.2.1).
-
-    The two come from two different variants: models a and b at varied temperatures, in random order.
-    """
-    axis: str = "both"  # what is compared: helpfulness, safety, or both one after the other
-    a: str = "out/sft"  # chat model to sample from
-    b: str = ""  # second model; else for safety out/pretrain, a base model that complies, and for helpfulness none
-    prompts: str = ""  # .jsonl of {"prompt": text or messages}; else prompts of the tiny world
-    annotator: str = "toy"  # who compares: toy, the rules of the tiny world, or person, you in this terminal
-    out: str = "out/preferences"  # folder of the comparisons; started again, it goes on where it stopped
-    helpfulness_pairs: int = 2500  # comparisons of helpfulness to train on, for prompts of the tiny world
-    safety_pairs: int = 1200  # comparisons of safety to train on
-    test_pairs: int = 1000  # comparisons on held-out prompts, of each axis | 1000 of each weekly batch
-    temperatures: tuple[str, ...] = ("0.5", "0.8", "1.1")  # temperatures of the variants | varied
-    max_new_tokens: int = 64  # longest answer, in tokens
-    batch_size: int = 256  # prompts that are sampled together and kept together: the unit of resume
-    world: int | None = None  # seed of the tiny world; by default that of --a
-    seed: int = 0  # seed of prompts, variants and samples
-    device: str = "auto"  # cpu, cuda, or auto
-    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
-    replicas: int = 1  # not used here: every rank samples with a whole model
-    resume: bool = True  # go on where the run in --out stopped
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Count comparisons as Table 6 does, and their ratings as Figure 25 does."""
-    files: tuple[str, ...] = ("out/preferences/helpfulness.jsonl", "out/preferences/safety.jsonl")  # files of comparisons
-    tokenizer: str = "out/sft/tokenizer.model"  # tokenizer that counts
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-    POSITIONAL: ClassVar[str] = "files"
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Compare reward models on both test sets: Tables 7, 8 and 29, Figures 6, 27, 29 and 32."""
-    runs: tuple[str, ...] = ("out/reward-helpfulness", "out/reward-safety")  # reward models
-    helpfulness: tuple[str, ...] = ("out/preferences/helpfulness-test.jsonl",)  # held-out comparisons by helpfulness
-    safety: tuple[str, ...] = ("out/preferences/safety-test.jsonl",)  # held-out comparisons by safety
-    out: str = "out/rewards"  # folder of the tables and pictures
-    device: str = "auto"  # cpu, cuda, or auto
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-    POSITIONAL: ClassVar[str] = "runs"
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -250,8 +199,8 @@ def read_pairs(files: tuple[str, ...]) -> tuple[list[dict], Counter]:
                 found = comparisons(record)
             except (InputError, TokenizerError) as error:
                 raise InputError(f"{place}: {error}") from None
-            dropped.update(reason for pair in found if (reason := unusable(pair)))
             pairs += [pair for pair in found if not unusable(pair)]
+            dropped.update(filter(None, map(unusable, found)))
     return pairs, dropped
 
 
@@ -371,6 +320,15 @@ def answer_ids(messages: list[dict], text: str, tokenizer: Tokenizer) -> list[in
     return [token for token, mine in zip(ids, is_answer) if mine]
 
 
+# ---------------------------------------------------------------------------------------------- mixes and batches
+
+
+def held_out(pairs: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(for training, for testing): all pairs of one prompt in twenty are for testing (our choice)."""
+    is_test = [zlib.crc32(json.dumps(pair["prompt"]).encode()) % 20 == 0 for pair in pairs]
+    return [p for p, test in zip(pairs, is_test) if not test], [p for p, test in zip(pairs, is_test) if test]
+
+
 def mix(kind: str, helpfulness: list, safety: list, open_source: list, seed: int) -> dict[str, list]:
     """What a reward model is trained on, by source (§3.2.2, "Data Composition").
 
@@ -390,9 +348,6 @@ def mix(kind: str, helpfulness: list, safety: list, open_source: list, seed: int
     drawn = rng.sample(rest, min(n, len(rest)))
     return whole | {name: found for name in ("helpfulness", "safety", "open")
                     if (found := [pair for source, pair in drawn if source == name])}
-
-
-# ---------------------------------------------------------------------------------------------- batches
 
 
 def batch_at(pairs: list[Pair], step: int, batch_size: int, micro_batch: int, seed: int, ranks: Ranks) -> list[list[Tensor]]:
@@ -429,82 +384,7 @@ def reward_loss(model: nn.Module, batch: list[Tensor], safety_aux: float) -> tup
     return n * (ranking + safety_aux * safety), n, {name: n * value for name, value in logs.items()}
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
-
-
-def accuracy(right: np.ndarray, prompts: list[str]) -> tuple[float, float, float]:
-    """The share that is right, and its 95 % interval by a bootstrap over prompts, whose pairs are alike: (mean, low, high)."""
-    _, which = np.unique(prompts, return_inverse=True)
-    return interval(np.bincount(which, right), np.bincount(which))
-
-
-def trend(right: np.ndarray, level: np.ndarray) -> tuple[float, float]:
-    """Does the share that is right rise with the level? Cochran and Armitage's test: (z, two-sided p).
-
-    right: (pairs,) 0 or 1. level: (pairs,) numbers, here 3 for significantly better down to 0.
-    """
-    right, away = np.asarray(right, float), level - np.mean(level)
-    spread = right.mean() * (1 - right.mean()) * (away**2).sum()
-    z = (right * away).sum() / math.sqrt(spread) if spread else 0.0
-    return z, math.erfc(abs(z) / math.sqrt(2))
-
-
-def measure(scores: np.ndarray, pairs: list[dict], lengths: np.ndarray) -> dict:
-    """What Tables 7, 8 and 29 say of a model on a test set: {"accuracy": {group: [n, mean, low, high]}, ...}.
-
-    scores: (pairs, {chosen, rejected}) raw. lengths: the same for the answers' tokens. Equal scores count as wrong. The
-    groups are all, the ratings, and the safety bins; "longer" judges by length alone (equal ones by coin), "recall" is
-    the share of unsafe answers below 0.5 after the sigmoid, "trend" says whether accuracy rises with the rating.
-    """
-    right = scores[:, 0] > scores[:, 1]
-    prompts = [json.dumps(pair["prompt"]) for pair in pairs]
-    ratings, bins = ([pair[key] for pair in pairs] for key in ("rating", "safety"))
-    found = {}
-    for group in ("all", *RATINGS, *SAFETY):
-        mine = np.array([group in ("all", rating, label) for rating, label in zip(ratings, bins)])
-        if mine.any():
-            found[group] = [int(mine.sum()), *accuracy(right[mine], [p for p, m in zip(prompts, mine) if m])]
-    result = {"accuracy": found, "longer": float((np.sign(lengths[:, 0] - lengths[:, 1]) / 2 + 0.5).mean())}
-    rated = np.array([rating is not None for rating in ratings])
-    if rated.any():
-        levels = np.array([len(RATINGS) - 1 - RATINGS.index(rating) for rating in ratings if rating])
-        result["trend"] = trend(right[rated], levels)
-    labels = np.array([SAFETY.get(label, (0, 0)) for label in bins])  # (pairs, 2)
-    if (labels < 0).any():
-        result["recall"] = float((scores[labels < 0] < 0).mean())
-    return result
-
-
-def print_measures(measures: dict[str, dict]) -> None:
-    """A line for each model on a test set: accuracy in percent over all (with its interval) and by group, and the rest."""
-    groups = [group for group in (*RATINGS, *SAFETY) if any(group in found["accuracy"] for found in measures.values())]
-    short = [group.removesuffix(" better")[:11] for group in groups]
-    short += ["longer", "recall"]
-    print(f"{'accuracy in %':36} {'all':>5} 95 % interval" + "".join(f"{title:>12}" for title in short))
-    for name, found in measures.items():
-        _, mean, low, high = found["accuracy"]["all"]
-        cells = [found["accuracy"].get(group, [0, None])[1] for group in groups] + [found["longer"], found.get("recall")]
-        shown = ["-" if cell is None else f"{100 * cell:.1f}" for cell in cells]
-        print(f"{name:36} {100 * mean:5.1f} {100 * low:5.1f} … {100 * high:5.1f}" + "".join(f"{cell:>12}" for cell in shown))
-
-
-def score_pairs(model: nn.Module, pairs: list[Pair], ranks: Ranks | None = None) -> np.ndarray:
-    """Raw scores of both answers: (pairs, {chosen, rejected})."""
-    return score_rows(model, [row for pair in pairs for row in (pair.chosen, pair.rejected)], ranks=ranks).reshape(-1, 2)
-
-
-def answer_lengths(pairs: list[Pair]) -> np.ndarray:
-    """Tokens of both rows: (pairs, {chosen, rejected}); within a pair they differ by the answers alone."""
-    return np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
-
-
 # ---------------------------------------------------------------------------------------------- training
-
-
-def held_out(pairs: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(for training, for testing): all pairs of one prompt in twenty are for testing (our choice)."""
-    is_test = [zlib.crc32(json.dumps(pair["prompt"]).encode()) % 20 == 0 for pair in pairs]
-    return [p for p, test in zip(pairs, is_test) if not test], [p for p, test in zip(pairs, is_test) if test]
 
 
 def test_file(file: str) -> str:
@@ -530,13 +410,10 @@ def training_data(settings: Settings) -> tuple[dict[str, list[dict]], list[dict]
     found = {name: read_named(files) for name, files in wanted.items()}
     own = [name for name in ("helpfulness", "safety") if settings.kind in (name, "joint")]
     test = settings.test or tuple(test_file(file) for name in own for file in wanted[name] if Path(test_file(file)).is_file())
-    if test:
-        tested = read_named(test)
-    else:
-        tested = []
-        for name in own:
-            found[name], more = held_out(found[name])
-            tested += more
+    tested = read_named(test) if test else []
+    for name in () if test else own:
+        found[name], more = held_out(found[name])
+        tested += more
     return mix(settings.kind, found["helpfulness"], found["safety"], found["open"], settings.seed), tested
 
 
@@ -585,12 +462,12 @@ def main(settings: Settings) -> None:
         has_zero = settings.safety_aux > 0 and any(any(pair.labels) for pair in pairs)
 
         def evaluate(step: int) -> dict:
-            scores = score_pairs(model, test_pairs, ranks)
+            scores, lengths = score_pairs(model, test_pairs, ranks)
             if step == steps and not has_zero:
                 with torch.no_grad():
                     model.output.bias.sub_(scores.mean())
                 scores -= scores.mean()
-            found = measure(scores, tested, answer_lengths(test_pairs))
+            found = measure(scores, tested, lengths)
             if ranks.rank == 0:
                 replace_file(out / "accuracy.json", json.dumps(found).encode())
             chosen, rejected = torch.from_numpy(scores).T  # (pairs,) each
@@ -607,36 +484,107 @@ def main(settings: Settings) -> None:
             print(f"model and metrics are in {out}")
 
 
-# ---------------------------------------------------------------------------------------------- several models compared
+# ---------------------------------------------------------------------------------------------- evaluation
 
 
-class Judged(NamedTuple):
-    """A reward model on a test set: the comparisons, the raw scores of both answers (pairs, 2), their lengths in tokens."""
-    pairs: list[dict]
-    scores: np.ndarray
-    lengths: np.ndarray
+def score_pairs(model: nn.Module, pairs: list[Pair], ranks: Ranks | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Raw scores, and lengths in tokens, of dialogue and answer: each (pairs, {chosen, rejected})."""
+    rows = [row for pair in pairs for row in (pair.chosen, pair.rejected)]
+    return score_rows(model, rows, ranks=ranks).reshape(-1, 2), np.array([len(row) for row in rows]).reshape(-1, 2)
+
+
+def accuracy(right: np.ndarray, prompts: np.ndarray) -> tuple[float, float, float]:
+    """The share that is right, and its 95 % interval by a bootstrap over prompts, whose pairs are alike: (mean, low, high)."""
+    _, which = np.unique(prompts, return_inverse=True)
+    return interval(np.bincount(which, right), np.bincount(which))
+
+
+def trend(right: np.ndarray, level: np.ndarray) -> tuple[float, float]:
+    """Does the share that is right rise with the level? Cochran and Armitage's test: (z, two-sided p).
+
+    right: (pairs,) 0 or 1. level: (pairs,) numbers, here 3 for significantly better down to 0.
+    """
+    right, away = np.asarray(right, float), level - np.mean(level)
+    spread = right.mean() * (1 - right.mean()) * (away**2).sum()
+    z = (right * away).sum() / math.sqrt(spread) if spread else 0.0
+    return z, math.erfc(abs(z) / math.sqrt(2))
+
+
+def measure(scores: np.ndarray, pairs: list[dict], lengths: np.ndarray) -> dict:
+    """What Tables 7, 8 and 29 say of a model on a test set: {"accuracy": {group: [n, mean, low, high]}, ...}.
+
+    scores: (pairs, {chosen, rejected}) raw. lengths: the same for the answers' tokens. Equal scores count as wrong. The
+    groups are all, the ratings, and the safety bins; "longer" judges by length alone (equal ones by coin), "recall" is
+    the share of unsafe answers below 0.5 after the sigmoid, "trend" says whether accuracy rises with the rating.
+    """
+    right, prompts = scores[:, 0] > scores[:, 1], np.array([json.dumps(pair["prompt"]) for pair in pairs])
+    found = {}
+    for group in ("all", *RATINGS, *SAFETY):
+        mine = np.array([group in ("all", pair["rating"], pair["safety"]) for pair in pairs])
+        if mine.any():
+            found[group] = [int(mine.sum()), *accuracy(right[mine], prompts[mine])]
+    result = {"accuracy": found, "longer": float((np.sign(lengths[:, 0] - lengths[:, 1]) / 2 + 0.5).mean())}
+    level = np.array([RATINGS[::-1].index(pair["rating"]) if pair["rating"] else -1 for pair in pairs])
+    if (level >= 0).any():
+        result["trend"] = trend(right[level >= 0], level[level >= 0])
+    is_unsafe = safety_labels(pairs) < 0
+    if is_unsafe.any():
+        result["recall"] = float((scores[is_unsafe] < 0).mean())
+    return result
+
+
+def safety_labels(pairs: list[dict]) -> np.ndarray:
+    """1 of a safe answer, -1 of an unsafe one, 0 where nobody said: (pairs, {chosen, rejected})."""
+    return np.array([SAFETY.get(pair["safety"], (0, 0)) for pair in pairs])
+
+
+def print_measures(measures: dict[str, dict]) -> None:
+    """A line for each model on a test set: accuracy in percent over all (with its interval) and by group, and the rest."""
+    groups = [group for group in (*RATINGS, *SAFETY) if any(group in found["accuracy"] for found in measures.values())]
+    titles = [group.removesuffix(" better")[:11] for group in groups] + ["longer", "recall"]
+    print(f"{'accuracy in %':36} {'all':>5} 95 % interval" + "".join(f"{title:>12}" for title in titles))
+    for name, found in measures.items():
+        _, mean, low, high = found["accuracy"]["all"]
+        cells = [found["accuracy"].get(group, [0, None])[1] for group in groups] + [found["longer"], found.get("recall")]
+        print(f"{name:36} {100 * mean:5.1f} {100 * low:5.1f} … {100 * high:5.1f}"
+              + "".join(f"{'-' if cell is None else f'{100 * cell:.1f}':>12}" for cell in cells))
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Compare reward models on both test sets: Tables 7, 8 and 29, Figures 6, 27, 29 and 32."""
+    runs: tuple[str, ...] = ("out/reward-helpfulness", "out/reward-safety")  # reward models
+    helpfulness: tuple[str, ...] = ("out/preferences/helpfulness-test.jsonl",)  # held-out comparisons by helpfulness
+    safety: tuple[str, ...] = ("out/preferences/safety-test.jsonl",)  # held-out comparisons by safety
+    out: str = "out/rewards"  # folder of the tables and pictures
+    device: str = "auto"  # cpu, cuda, or auto
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+    POSITIONAL: ClassVar[str] = "runs"
 
 
 def evaluate(settings: Eval) -> None:
     """Print accuracies of every model on every test set, and draw the paper's figures into --out."""
     device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     tests = {name: read_named(files) for name, files in (("helpfulness", settings.helpfulness), ("safety", settings.safety))}
-    judged, configs = {}, {}
+    configs, judged, measures = {}, {}, {}
     for run in settings.runs:
         model, tokenizer, configs[run] = load_model(run, RewardModel)
         model.to(device)
         for test, pairs in tests.items():
-            kept, encoded, _ = encode_pairs(pairs, tokenizer, model.config.max_seq_len, "none")
-            judged[run, test] = Judged(kept, score_pairs(model, encoded), answer_lengths(encoded))
-    measures = {f"{run} on {test}": measure(found.scores, found.pairs, found.lengths) for (run, test), found in judged.items()}
+            pairs, encoded, _ = encode_pairs(pairs, tokenizer, model.config.max_seq_len, "none")
+            scores, lengths = score_pairs(model, encoded)
+            judged[run, test], measures[f"{run} on {test}"] = (pairs, scores), measure(scores, pairs, lengths)
     print_measures(measures)
     for name, found in measures.items():
         z, p = found.get("trend", (0, 1))
         print(f"{name}: accuracy rises with the rating, z = {z:.1f}, p = {p:.2g}")
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "rewards.json", json.dumps(measures, indent=1).encode())
     draw(judged, configs, measures, out)
+    replace_file(out / "rewards.json", json.dumps(measures, indent=1).encode())
+    record = {"stage": "rewards", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
+    replace_file(out / "config.json", json.dumps(record, indent=1).encode())
 
 
 def true_scores(pairs: list[dict], axis: str) -> np.ndarray | None:
@@ -646,9 +594,6 @@ def true_scores(pairs: list[dict], axis: str) -> np.ndarray | None:
     rule = {"helpfulness": toy.helpfulness, "safety": toy.safety}[axis]
     return np.array([[rule(tiny_world(pair["about"]["world"]), pair["about"], pair[side]) for side in ("chosen", "rejected")]
                      for pair in pairs])
-
-
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which colour-blind readers can tell apart
 
 
 def sigmoid(scores: np.ndarray) -> np.ndarray:
@@ -688,17 +633,17 @@ def draw(judged: dict, configs: dict, measures: dict, out: Path) -> None:
 
     with picture(out / "scores.png", "Scores on the own test set (Figure 27)", "score after the sigmoid", "density") as axes:
         for run in kinds:
-            axes.hist(sigmoid(judged[run, own[run]].scores.ravel()), np.linspace(0, 1, 51), density=True, histtype="step",
+            axes.hist(sigmoid(judged[run, own[run]][1].ravel()), np.linspace(0, 1, 51), density=True, histtype="step",
                       color=colours[run], label=f"{run}, margin {configs[run]['settings']['margin']}")
 
     with picture(out / "calibration.png", "Calibration (Figure 29)", "true score, tenths of the answers", "mean score") as axes:
         for run in kinds:
-            found = judged[run, own[run]]
-            truth = true_scores(found.pairs, own[run])
+            pairs, scores = judged[run, own[run]]
+            truth = true_scores(pairs, own[run])
             if truth is not None:
                 tenths = np.array_split(np.argsort(truth.ravel(), kind="stable"), 10)
                 whiskers(axes, [truth.ravel()[part].mean() for part in tenths],
-                         [interval(sigmoid(found.scores.ravel()[part])) for part in tenths], colours[run], run)
+                         [interval(sigmoid(scores.ravel()[part])) for part in tenths], colours[run], run)
 
     with picture(out / "scaling.png", "Data and model size (Figure 6)", "pairs to train on", "accuracy, own test set") as axes:
         curves: dict[str, list] = {}
@@ -711,51 +656,83 @@ def draw(judged: dict, configs: dict, measures: dict, out: Path) -> None:
 
     helper, guard = (next((run for run in kinds if kinds[run] == kind), None) for kind in ("helpfulness", "safety"))
     if helper and guard:
-        labels = np.array([SAFETY.get(pair["safety"], (0, 0)) for pair in judged[guard, "safety"].pairs])  # (pairs, 2)
-        title = "Answers of the safety test set (Figure 32)"
+        pairs, x = judged[guard, "safety"]
+        _, y = judged[helper, "safety"]
+        title, labels = "Answers of the safety test set (Figure 32)", safety_labels(pairs)
         with picture(out / "tension.png", title, f"score of {guard}", f"score of {helper}") as axes:
             for label, name, colour in ((1, "safe answers", COLOURS[0]), (-1, "unsafe answers", COLOURS[1])):
-                x, y = (sigmoid(judged[run, "safety"].scores[labels == label]) for run in (guard, helper))
-                axes.scatter(x, y, s=4, alpha=0.4, color=colour, label=name)
+                axes.scatter(sigmoid(x[labels == label]), sigmoid(y[labels == label]), s=4, alpha=0.4, color=colour, label=name)
 
 
 # ---------------------------------------------------------------------------------------------- statistics
 
 
+@dataclass(frozen=True)
+class Stats:
+    """Count comparisons as Table 6 does, and their ratings as Figure 25 does."""
+    files: tuple[str, ...] = ("out/preferences/helpfulness.jsonl", "out/preferences/safety.jsonl")  # files of comparisons
+    tokenizer: str = "out/sft/tokenizer.model"  # tokenizer that counts
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+    POSITIONAL: ClassVar[str] = "files"
+
+
 def stats(settings: Stats) -> None:
-    """Print Table 6's columns of each file, the shares of the ratings (Figure 25) and of the safety bins (§3.2.1)."""
-    tokenizer = Tokenizer(settings.tokenizer)
-    print(f"{'comparisons of':40} {'number':>9} {'turns':>6} {'tokens an example':>18} {'of a prompt':>12} {'of a response':>14}")
-    shares = []
-    for file in settings.files:
-        pairs = read_named((file,))
-        n, turns, example, prompt, response = table_6(pairs, tokenizer)
-        print(f"{file:40} {n:9,} {turns:6.1f} {example:18.1f} {prompt:12.1f} {response:14.1f}")
-        shares += [(file, key, Counter(pair[key] for pair in pairs)) for key in ("rating", "safety")]
-    for file, key, counts in shares:
-        if set(counts) != {None}:
-            print(f"{file}, {key}: " + ", ".join(f"{name or 'none'} {counts[name] / counts.total():.1%}"
-                                                 for name in (*RATINGS, *SAFETY, None) if counts[name]))
-
-
-def table_6(pairs: list[dict], tokenizer: Tokenizer) -> tuple[int, float, float, float, float]:
-    """(comparisons, turns a dialogue, tokens an example, tokens of a prompt, tokens of a response), the means of Table 6.
+    """Print the means of Table 6 of each file, and the shares of ratings (Figure 25) and of safety bins (§3.2.1).
 
     An example is a dialogue with one of its two responses; a turn is a prompt and its response (our reading).
     """
-    turns, examples, prompts, responses = [], [], [], []
-    for pair in pairs:
-        asked = [message["content"] for message in pair["prompt"] if message["role"] == "user"]
-        said = [message["content"] for message in pair["prompt"] if message["role"] != "user"]
-        turns.append(len(asked))
-        lengths = [len(ids) for ids in tokenizer.encode_batch([*asked, *said, pair["chosen"], pair["rejected"]], False, False)]
-        prompts += lengths[: len(asked)]
-        responses += lengths[-2:]
-        examples.append(sum(lengths[:-2]) + sum(lengths[-2:]) / 2)
-    return len(pairs), *(float(np.mean(values)) for values in (turns, examples, prompts, responses))
+    tokenizer = Tokenizer(settings.tokenizer)
+    print(f"{'comparisons of':40} {'number':>9} {'turns':>6} {'tokens an example':>18} {'of a prompt':>12} {'of a response':>14}")
+    for file in settings.files:
+        pairs, turns, examples, prompts, responses = read_named((file,)), [], [], [], []
+        for pair in pairs:
+            asked = [message["content"] for message in pair["prompt"] if message["role"] == "user"]
+            said = [message["content"] for message in pair["prompt"] if message["role"] != "user"]
+            texts = [*asked, *said, pair["chosen"], pair["rejected"]]
+            lengths = [len(ids) for ids in tokenizer.encode_batch(texts, bos=False, eos=False)]
+            turns.append(len(asked))
+            prompts += lengths[: len(asked)]
+            responses += lengths[-2:]
+            examples.append(sum(lengths[:-2]) + sum(lengths[-2:]) / 2)
+        print(f"{file:40} {len(pairs):9,} {np.mean(turns):6.1f} {np.mean(examples):18.1f} {np.mean(prompts):12.1f} "
+              f"{np.mean(responses):14.1f}")
+        for key, groups in (("rating", RATINGS), ("safety", SAFETY)):
+            counts = Counter(pair[key] or "none" for pair in pairs)
+            shares = [f"{name} {counts[name] / len(pairs):.1%}" for name in (*groups, "none") if counts[name]]
+            if set(counts) != {"none"}:
+                print(f"  {key}: " + ", ".join(shares))
 
 
 # ---------------------------------------------------------------------------------------------- collecting
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Sample two answers to each prompt and have them compared, for helpfulness and for safety (§3.2.1).
+
+    The two come from two different variants: models a and b at varied temperatures, in random order.
+    """
+    axis: str = "both"  # what is compared: helpfulness, safety, or both one after the other
+    a: str = "out/sft"  # chat model to sample from
+    b: str = ""  # second model; else for safety out/pretrain, a base model that complies, and for helpfulness none
+    prompts: str = ""  # .jsonl of {"prompt": text or messages}; else prompts of the tiny world
+    annotator: str = "toy"  # who compares: toy, the rules of the tiny world, or person, you in this terminal
+    out: str = "out/preferences"  # folder of the comparisons; started again, it goes on where it stopped
+    helpfulness_pairs: int = 2500  # comparisons of helpfulness to train on, for prompts of the tiny world
+    safety_pairs: int = 1200  # comparisons of safety to train on
+    test_pairs: int = 1000  # comparisons on held-out prompts, of each axis | 1000 of each weekly batch
+    temperatures: tuple[str, ...] = ("0.5", "0.8", "1.1")  # temperatures of the variants | varied
+    max_new_tokens: int = 64  # longest answer, in tokens
+    batch_size: int = 256  # prompts that are sampled together and kept together: the unit of resume
+    world: int | None = None  # seed of the tiny world; by default that of --a
+    seed: int = 0  # seed of prompts, variants and samples
+    device: str = "auto"  # cpu, cuda, or auto
+    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
+    replicas: int = 1  # not used here: every rank samples with a whole model
+    resume: bool = True  # go on where the run in --out stopped
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
 
 
 class Speaker(NamedTuple):
@@ -851,13 +828,13 @@ def collect(settings: Collect) -> None:
     if settings.prompts and settings.annotator == "toy":
         raise InputError("the rules of the tiny world can't judge answers to other prompts; add --annotator person")
     axes = ("helpfulness", "safety") if settings.axis == "both" else (settings.axis,)
-    second = {axis: settings.b or ("out/pretrain" if axis == "safety" else settings.a) for axis in axes}
+    second = {"helpfulness": settings.b or settings.a, "safety": settings.b or "out/pretrain"}
     folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.a))
     ranks = start(settings)
     with locked(settings.out, ranks):
-        out, data = Path(settings.out), {folder: speaker_fingerprint(folder) for folder in sum(folders.values(), [])}
+        out, data = Path(settings.out), {folder: parent_of(folder).fingerprint for folder in sum(folders.values(), [])}
         record = open_run(settings, "collect", ranks, data=data)
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
@@ -868,13 +845,6 @@ def collect(settings: Collect) -> None:
                 rows = sample_all(folders[axis], prompts, name, settings, ranks)
                 if ranks.rank == 0:
                     write_pairs(rows, annotations(rows, axis, settings, out / f"{name}-labels.jsonl"), out / f"{name}.jsonl")
-
-
-def speaker_fingerprint(folder: str) -> str:
-    """What identifies the weights of a model to sample from."""
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: there is no such folder; `python pretrain.py` makes out/pretrain, `python sft.py` out/sft")
-    return parent_of(folder).fingerprint
 
 
 def sample_all(folders: list[str], prompts: list[dict], name: str, settings: Collect, ranks: Ranks) -> list[dict]:
@@ -946,15 +916,14 @@ def write_pairs(rows: list[dict], labels: list[dict], file: Path) -> None:
     """Write the comparisons that can be learned from, and say how many were dropped (see `read_pairs`)."""
     pairs = []
     for row, label in zip(rows, labels):
-        pair = {"prompt": row["prompt"], "rating": label["rating"], "safety": label["safety"], "prompt_ids": row["prompt_ids"],
-                "about": row["about"]}
+        pair = {key: row[key] for key in ("prompt", "prompt_ids", "about")} | {key: label[key] for key in ("rating", "safety")}
         for side in ("chosen", "rejected"):
             i = label[side]
             pair |= {side: row["responses"][i], f"{side}_ids": row["response_ids"][i], f"{side}_by": row["variants"][i]}
         pairs.append(pair)
     kept = [pair for pair in pairs if not unusable(pair)]
     replace_file(file, "".join(json.dumps(pair) + "\n" for pair in kept).encode())
-    dropped = Counter(map(unusable, pairs)) - Counter({"": len(pairs)})
+    dropped = Counter(filter(None, map(unusable, pairs)))
     print(f"{file}: {len(kept):,} comparisons" + "".join(f", {n} dropped ({why})" for why, n in dropped.items()))
 
 

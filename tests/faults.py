@@ -6,7 +6,7 @@
 A child process runs the stage with an audit hook that counts the operations on files below its --out (open for
 writing, rename, remove, mkdir, rmdir) and kills the process, as a power cut would, just before the nth. Then the same
 command runs again, undisturbed. All weights, and every line of metrics but its times, must equal those of a run
-that was never killed. A stage that is added to the project adds a line to STAGES.
+that was never killed; so must the comparisons of `collect`. A stage that is added to the project adds a line to STAGES.
 """
 import argparse
 import json
@@ -24,15 +24,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import pretrain
+import reward
 import sft
+from model import Transformer
 
 TEXT = "\n\n".join(f"The {a} {b} has {i} eggs. It likes the {b}. " * 4 for i in range(20) for a, b in [("old", "fox"), ("red", "hen")])
 DIALOGS = [{"prompt": f"How many eggs has the {name}?", "response": f"It has {i} eggs."} for i in range(30) for name in ("fox", "hen")]
-SMALL = ["--preset", "toy-s", "--batch_size", "4", "--micro_batch", "4", "--device", "cpu", "--threads", "1", "--out", "{out}",
-         "--steps", "9", "--save_every", "3", "--eval_every", "3", "--sample_tokens", "4"]
-STAGES = {  # name: main, settings, flags; {base} holds small data files and, behind the first stage, base: a run of it
-    "pretrain": (pretrain.main, pretrain.Settings, [*SMALL, "--data", "{base}/farm.txt", "--seq_len", "16", "--vocab_size", "340"]),
-    "sft": (sft.main, sft.Settings, [*SMALL, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "64", "--epochs", "3"]),
+PAIRS = [{"prompt": f"Eggs of the fox, day {i}?", "chosen": f"It has {i} eggs.", "rejected": "None."} for i in range(80)]
+SMALL = ["--device", "cpu", "--threads", "1", "--out", "{out}", "--batch_size", "4"]
+TRAIN = [*SMALL, "--preset", "toy-s", "--micro_batch", "4", "--steps", "9", "--save_every", "3", "--eval_every", "3"]
+STAGES = {  # name: main, settings, flags, kind of model; {base} holds small data files and, behind the first stage, base: a run of it
+    "pretrain": (pretrain.main, pretrain.Settings,
+                 [*TRAIN, "--data", "{base}/farm.txt", "--seq_len", "16", "--vocab_size", "340", "--sample_tokens", "4"], Transformer),
+    "sft": (sft.main, sft.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "64",
+                                     "--epochs", "3", "--sample_tokens", "4"], Transformer),
+    "collect": (reward.collect, reward.Collect,
+                [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--helpfulness_pairs", "6", "--safety_pairs", "6",
+                 "--test_pairs", "3", "--max_new_tokens", "8"], None),
+    "reward": (reward.main, reward.Settings, [*TRAIN, "--init", "{base}/base/out", "--helpfulness", "{base}/pairs.jsonl",
+                                              "--safety", "{base}/pairs.jsonl", "--seq_len", "64"], reward.RewardModel),
 }
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}
@@ -58,7 +68,7 @@ def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: 
                     os.kill(parent, signal.SIGKILL)
 
         sys.addaudithook(hook)
-        main, settings, flags = STAGES[stage]
+        main, settings, flags, _ = STAGES[stage]
         sys.argv = [f"{stage}.py"] + [flag.format(base=folder.parent, out=out) for flag in flags]
         code = 0
         try:
@@ -80,19 +90,21 @@ def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: 
     return os.waitstatus_to_exitcode(status), count
 
 
-def outcome(folder: Path) -> tuple[dict, list]:
-    """What must not depend on crashes: the newest weights and the metrics without clocks."""
-    model, _, _ = pretrain.load_model(folder / "out")
-    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
-    samples = [(folder / "out" / "samples.txt").read_text()]
-    return model.state_dict(), [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + samples
+def outcome(stage: str, folder: Path) -> tuple[dict, list]:
+    """What must not depend on crashes: the newest weights; metrics without clocks, comparisons and samples."""
+    out, kind = folder / "out", STAGES[stage][3]
+    weights = pretrain.load_model(out, kind)[0].state_dict() if kind else {}
+    lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json") if path.exists()]
+    return weights, [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + texts
 
 
 def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> int:
     """Crash a stage at each operation (or `only` some) and at random moments; returns how many crashes were survived."""
     base = Path(tempfile.mkdtemp(prefix="faults-"))
     (base / "farm.txt").write_text(TEXT)
-    (base / "chat.jsonl").write_text("\n".join(map(json.dumps, DIALOGS)))
+    for name, rows in (("chat", DIALOGS), ("pairs", PAIRS)):
+        (base / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("base", "whole"):
         (base / name).mkdir()
     if stage != "pretrain":
@@ -101,7 +113,7 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
     code, operations = run(stage, base / "whole")
     seconds = time.perf_counter() - began
     assert code == 0, (base / "whole" / "log.txt").read_text()[-2000:]
-    weights, lines = outcome(base / "whole")
+    weights, lines = outcome(stage, base / "whole")
     chance = random.Random(0)
     crashes = [{"kill_before": n} for n in only or range(1, operations + 1)]
     crashes += [{"kill_after_s": seconds * chance.uniform(0.2, 1)} for _ in range(random_kills)]
@@ -112,9 +124,9 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
         assert killed == -signal.SIGKILL or "kill_after_s" in crash, f"{crash}: the run ended with {killed} before its crash"
         code, _ = run(stage, folder)
         assert code == 0, f"{stage}, {crash}: did not go on: {(folder / 'log.txt').read_text()[-2000:]}"
-        again, again_lines = outcome(folder)
+        again, again_lines = outcome(stage, folder)
         assert all(torch.equal(weights[name], again[name]) for name in weights), f"{stage}, {crash}: other weights"
-        assert lines == again_lines, f"{stage}, {crash}: other metrics or samples"
+        assert lines == again_lines, f"{stage}, {crash}: other metrics, samples or comparisons"
         left = [path.name for path in (folder / "out").rglob("*.part")]
         assert not left, f"{stage}, {crash}: {left} left behind"
         print(f"{stage}: survived {crash} of {operations} operations", flush=True)
@@ -130,4 +142,4 @@ if __name__ == "__main__":
     parser.add_argument("--random_kills", type=int, default=5, help="kills at random moments")
     args = parser.parse_args()
     for stage in args.stages:
-        print(f"{stage}: {check(stage, args.only, args.random_kills)} crashes survived, weights bit-identical")
+        print(f"{stage}: {check(stage, args.only, args.random_kills)} crashes survived, the outcome bit-identical")

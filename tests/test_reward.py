@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import toy
+from eval import Report, report
 from model import ModelConfig, Transformer
 from pretrain import InputError, Ranks, load_model, save_model
 from reward import (MARGINS, RATINGS, Pair, RewardModel, accuracy, batch_at, collate, encode_pairs, held_out, margin_ranking_loss,
@@ -366,6 +367,11 @@ def test_the_safety_loss_gives_scores_their_zero_and_eval_finds_what_training_fo
     for run, wanted in zip(("0", "1"), measured):  # the plain model of the checkpoint measures what the sharded one did
         assert again[f"{tmp_path / run} on safety"]["accuracy"]["all"] == wanted["accuracy"]["all"]
     assert {"scores.png", "calibration.png", "scaling.png"} <= {path.name for path in (tmp_path / "eval").iterdir()}
+    report(Report(str(tmp_path)))
+    page = (tmp_path / "report.html").read_text()
+    for measures in (*measured, *(again[f"{tmp_path / '0'} on {test}"] for test in ("helpfulness", "safety"))):
+        assert f"{100 * measures['accuracy']['all'][1]:.1f} [" in page.replace(" % [", " [")  # as the tables and the text say it
+    assert all(text in page for text in ("Table 8", "90.4", "Figure 27", "Figure 29", "Figure 6")) and page.count("<img") == 3
 
 
 def test_a_missing_file_is_a_sentence_with_the_command_that_makes_it(tmp_path, chat):
