@@ -5,7 +5,7 @@
     python reward.py --kind helpfulness            # out/reward-helpfulness, from out/sft
     python reward.py --kind safety                 # out/reward-safety; --kind joint: one model for both
     python reward.py eval                          # Tables 7, 8 and 29; Figures 27, 29 and 32
-    python reward.py --kind safety --safety hh.jsonl.gz --helpfulness mine.json   # your comparisons
+    python reward.py --data hh.jsonl.gz            # your comparisons; --rest more.json for the rest of the mix
 
 A comparison is {"prompt": text or messages, "chosen": text, "rejected": text, "rating": one of RATINGS, "safety": one
 of SAFETY}; rating and safety may be missing. Scores are raw logits, read at an answer's last token; a sigmoid puts them
@@ -63,9 +63,8 @@ class Settings(Common):
     kind: str = "helpfulness"  # helpfulness, safety, or joint: one model for both
     out: str = ""  # folder of this run, else out/reward-KIND; started again, it goes on where it stopped
     init: str = "out/sft"  # chat model to start from: a run of ours, Meta's release or a Hugging Face folder
-    helpfulness: tuple[str, ...] = ("out/preferences/helpfulness.jsonl",)  # comparisons by helpfulness, .jsonl or .json (.gz)
-    safety: tuple[str, ...] = ("out/preferences/safety.jsonl",)  # comparisons by safety
-    open_source: tuple[str, ...] = ()  # other comparisons of helpfulness, for the rest of the mix
+    data: tuple[str, ...] = ()  # comparisons of this kind, .jsonl or .json (.gz); else those of `reward.py collect`
+    rest: tuple[str, ...] = ()  # comparisons of other kinds, for the rest of the mix; without --data those of `collect`
     test: tuple[str, ...] = ()  # held-out comparisons; else NAME-test.jsonl beside NAME.jsonl, or one prompt in twenty
     pairs: int | None = None  # train on so many of the comparisons, drawn at random; else on all
     lr: float | None = None  # peak learning rate | 1e-5 (70B: 5e-6)
@@ -329,25 +328,13 @@ def held_out(pairs: list[dict]) -> tuple[list[dict], list[dict]]:
     return [p for p, test in zip(pairs, is_test) if not test], [p for p, test in zip(pairs, is_test) if test]
 
 
-def mix(kind: str, helpfulness: list, safety: list, open_source: list, seed: int) -> dict[str, list]:
-    """What a reward model is trained on, by source (§3.2.2, "Data Composition").
+def mix(kind: str, own: list, rest: list, seed: int) -> list:
+    """What of the rest a reward model is trained on beside its own comparisons (§3.2.2, "Data Composition").
 
-    helpfulness: all of it, and as much again, if there is so much, drawn from the rest. safety: all of it as 90 %, and 10 %
-    drawn from the helpfulness and open-source comparisons. joint: everything.
+    helpfulness: as much as its own, if there is so much. safety: a tenth of the whole. joint: all of it.
     """
-    rng = Random(f"{seed}/mix")
-    rest = [("open", pair) for pair in open_source]
-    if kind == "helpfulness":
-        rest += [("safety", pair) for pair in safety]
-        whole, n = {"helpfulness": helpfulness}, len(helpfulness)
-    elif kind == "safety":
-        rest += [("helpfulness", pair) for pair in helpfulness]
-        whole, n = {"safety": safety}, round(len(safety) / 9)
-    else:
-        whole, n = {"helpfulness": helpfulness, "safety": safety}, len(rest)
-    drawn = rng.sample(rest, min(n, len(rest)))
-    return whole | {name: found for name in ("helpfulness", "safety", "open")
-                    if (found := [pair for source, pair in drawn if source == name])}
+    n = {"helpfulness": len(own), "safety": round(len(own) / 9)}.get(kind, len(rest))
+    return Random(f"{seed}/mix").sample(rest, min(n, len(rest)))
 
 
 def batch_at(pairs: list[Pair], step: int, batch_size: int, micro_batch: int, seed: int, ranks: Ranks) -> list[list[Tensor]]:
@@ -404,17 +391,12 @@ def read_named(files: tuple[str, ...]) -> list[dict]:
     return pairs
 
 
-def training_data(settings: Settings) -> tuple[dict[str, list[dict]], list[dict]]:
-    """The mix that this kind of model is trained on, by source, and its held-out comparisons."""
-    wanted = {"helpfulness": settings.helpfulness, "safety": settings.safety, "open": settings.open_source}
-    found = {name: read_named(files) for name, files in wanted.items()}
-    own = [name for name in ("helpfulness", "safety") if settings.kind in (name, "joint")]
-    test = settings.test or tuple(test_file(file) for name in own for file in wanted[name] if Path(test_file(file)).is_file())
-    tested = read_named(test) if test else []
-    for name in () if test else own:
-        found[name], more = held_out(found[name])
-        tested += more
-    return mix(settings.kind, found["helpfulness"], found["safety"], found["open"], settings.seed), tested
+def training_data(settings: Settings) -> tuple[list[dict], list[dict], list[dict]]:
+    """(its own comparisons, those mixed in from the rest, held-out ones of its own kind) for a reward model."""
+    own = read_named(settings.data)
+    test = settings.test or tuple(test_file(file) for file in settings.data if Path(test_file(file)).is_file())
+    own, tested = (own, read_named(test)) if test else held_out(own)
+    return own, mix(settings.kind, own, read_named(settings.rest), settings.seed), tested
 
 
 def main(settings: Settings) -> None:
@@ -425,6 +407,10 @@ def main(settings: Settings) -> None:
         raise InputError(f"--margin {settings.margin} is unknown; take {', '.join(MARGINS)}")
     if settings.safety_aux is None:
         settings = replace(settings, safety_aux=0.0 if settings.kind == "helpfulness" else 3.0)
+    if not settings.data:
+        files = [f"out/preferences/{kind}.jsonl" for kind in ("helpfulness", "safety")]
+        own = [file for file in files if settings.kind in (Path(file).stem, "joint")]
+        settings = replace(settings, data=tuple(own), rest=settings.rest or tuple(file for file in files if file not in own))
     settings = replace(settings, out=settings.out or f"out/reward-{settings.kind}")
     parent = parent_of(settings.init)
     config, tokenizer = parent.config, Tokenizer(parent.tokenizer)
@@ -433,10 +419,10 @@ def main(settings: Settings) -> None:
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
-        sources, tested = training_data(settings)
-        files = {file: file_fingerprint(file) for file in (*settings.helpfulness, *settings.safety, *settings.open_source)}
+        own, mixed_in, tested = training_data(settings)
+        files = {file: file_fingerprint(file) for file in (*settings.data, *settings.rest)}
         sizes = (tokenizer, settings.seq_len, settings.margin)
-        _, pairs, long = encode_pairs([pair for found in sources.values() for pair in found], *sizes)
+        _, pairs, long = encode_pairs(own + mixed_in, *sizes)
         tested, test_pairs, test_long = encode_pairs(tested, *sizes)
         if not pairs or not tested:
             raise InputError(f"there is no comparison left to {'train' if not pairs else 'test'} on")
@@ -451,10 +437,9 @@ def main(settings: Settings) -> None:
         if ranks.rank == 0:
             replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(config), "pairs": n}, indent=1).encode())
-            total = sum(map(len, sources.values()))
-            print(f"{n:,} pairs (" + ", ".join(f"{name} {len(found) / total:.0%}" for name, found in sources.items())
-                  + f"), {steps:,} steps, {len(tested):,} held-out pairs, {long + test_long} dropped as too long, "
-                  f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}")
+            share = len(mixed_in) / len(own + mixed_in)
+            print(f"{n:,} pairs ({settings.kind} {1 - share:.0%}, rest {share:.0%}), {steps:,} steps, {len(tested):,} held-out pairs, "
+                  f"{long + test_long} dropped as too long, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}")
             print_settings(settings)
 
         # Differences leave a score without a zero (eq. 1). The safety loss gives it one; else one shift, which is kept in the

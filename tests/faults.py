@@ -41,8 +41,8 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
     "collect": (reward.collect, reward.Collect,
                 [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--helpfulness_pairs", "6", "--safety_pairs", "6",
                  "--test_pairs", "3", "--max_new_tokens", "8"], None),
-    "reward": (reward.main, reward.Settings, [*TRAIN, "--init", "{base}/base/out", "--helpfulness", "{base}/pairs.jsonl",
-                                              "--safety", "{base}/pairs.jsonl", "--seq_len", "64"], reward.RewardModel),
+    "reward": (reward.main, reward.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/pairs.jsonl",
+                                              "--rest", "{base}/pairs.jsonl", "--seq_len", "64"], reward.RewardModel),
 }
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}

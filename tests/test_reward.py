@@ -233,14 +233,11 @@ def test_an_empty_answer_is_scored_on_its_eos_and_long_ones_have_a_defined_fate(
     assert encoded[1].rejected == (prompt + rejected)[-60:]
 
 
-def test_the_mixes_are_those_of_the_paper():
-    helpfulness, safety, open_source = ["h"] * 600, ["s"] * 500, ["o"] * 500
-    count = lambda *args: {name: len(found) for name, found in mix(*args, seed=0).items()}  # noqa: E731
-    found = count("helpfulness", helpfulness, safety, open_source)
-    assert found["helpfulness"] == 600 and found["safety"] + found["open"] == 600 and 250 < found["safety"] < 350
-    found = count("safety", helpfulness, ["s"] * 900, open_source)
-    assert found["safety"] == 900 and found["helpfulness"] + found["open"] == 100
-    assert count("joint", helpfulness, safety, ["o"] * 9) == {"helpfulness": 600, "safety": 500, "open": 9}
+@pytest.mark.parametrize("kind, own, rest, share", [("helpfulness", 600, 2000, 0.5), ("helpfulness", 600, 200, 0.25),
+                                                    ("safety", 900, 2000, 0.1), ("joint", 600, 200, 0.25)])
+def test_the_mixes_are_those_of_the_paper(kind, own, rest, share):
+    found = mix(kind, ["own"] * own, list(range(rest)), seed=0)
+    assert len(found) / (own + len(found)) == share and len(set(found)) == len(found)  # nothing twice
 
 
 def test_held_out_comparisons_share_no_prompt_with_the_others():
@@ -334,7 +331,7 @@ def files(tmp_path_factory):
 
 
 def train(chat, files, out, *flags, n=1):
-    result = launch("--init", chat, "--helpfulness", files["helpfulness"], "--safety", files["safety"], "--out", out, "--lr", "5e-3",
+    result = launch("--init", chat, "--data", files["helpfulness"], "--rest", files["safety"], "--out", out, "--lr", "5e-3",
                     "--batch_size", "24", "--seq_len", "128", "--device", "cpu", "--threads", "1", *flags, n=n)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -344,7 +341,7 @@ def train(chat, files, out, *flags, n=1):
 def test_a_model_learns_a_simple_rule_and_two_ranks_learn_the_same(tmp_path, chat, files):
     one, model, said = train(chat, files, tmp_path / "one")
     two, other, _ = train(chat, files, tmp_path / "two", n=2)
-    assert len(one) == len(two) and one[-1]["accuracy/all"] > 0.9 and "helpfulness 50%, safety 50%" in said
+    assert len(one) == len(two) and one[-1]["accuracy/all"] > 0.9 and "helpfulness 50%, rest 50%" in said
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)
     for name, p in model.state_dict().items():
         assert torch.allclose(p, other.state_dict()[name], atol=1e-3), name
@@ -355,7 +352,7 @@ def test_a_model_learns_a_simple_rule_and_two_ranks_learn_the_same(tmp_path, cha
 
 
 def test_the_safety_loss_gives_scores_their_zero_and_eval_finds_what_training_found(tmp_path, chat, files):
-    flags = ["--kind", "safety", "--steps", "10"]
+    flags = ["--kind", "safety", "--data", files["safety"], "--rest", files["helpfulness"], "--steps", "10"]
     found = [train(chat, files, tmp_path / weight, *flags, "--safety_aux", weight) for weight in ("0", "1")]
     assert found[0][1].output.bias.item() != 0  # centred
     measured = [json.loads((tmp_path / weight / "accuracy.json").read_text()) for weight in ("0", "1")]
@@ -375,7 +372,7 @@ def test_the_safety_loss_gives_scores_their_zero_and_eval_finds_what_training_fo
 
 
 def test_a_missing_file_is_a_sentence_with_the_command_that_makes_it(tmp_path, chat):
-    result = launch("--init", chat, "--helpfulness", tmp_path / "none.jsonl", "--seq_len", "128", "--out", tmp_path / "out")
+    result = launch("--init", chat, "--data", tmp_path / "none.jsonl", "--seq_len", "128", "--out", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "there is no such file" in result.stderr and "python reward.py collect" in result.stderr
 
