@@ -438,8 +438,9 @@ def main(settings: Settings) -> None:
             replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(config), "pairs": n}, indent=1).encode())
             share = len(mixed_in) / len(own + mixed_in)
-            print(f"{n:,} pairs ({settings.kind} {1 - share:.0%}, rest {share:.0%}), {steps:,} steps, {len(tested):,} held-out pairs, "
-                  f"{long + test_long} dropped as too long, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}")
+            print(f"{n:,} pairs ({settings.kind} {1 - share:.0%}, rest {share:.0%}), {steps:,} steps, {len(tested):,} held-out "
+                  f"pairs, {long + test_long} dropped as too long, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} on "
+                  f"{ranks.device.type}")
             print_settings(settings)
 
         # Differences leave a score without a zero (eq. 1). The safety loss gives it one; else one shift, which is kept in the
