@@ -199,7 +199,8 @@ def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             f"{settings['epochs']} epochs, dialogues {'kept apart' if settings['isolate'] else 'not kept apart'}. "
             "<span class=note>The paper: 27,540 annotations, two epochs.</span></p>",
             "<p>The base model has never been asked anything; afterwards it should answer in the right form, with the facts that "
-            "pretraining taught it, obey its system prompt and refuse what is unsafe. None of these prompts was trained on.</p>",
+            "pretraining taught it, obey its system prompt and refuse what is unsafe. No dialogue asks any of "
+            "this, but for the unsafe topics of training.</p>",
             table(["asked of the tiny world", "before", "after"],
                   [[name, *(form.format(*row[name]) for row in (first, last))] for name, form in surveyed.items()]),
             "<p>The loss on the answers of held-out dialogues should fall, and not rise again:</p>",

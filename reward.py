@@ -631,14 +631,16 @@ def draw(judged: dict, configs: dict, measures: dict, out: Path) -> None:
                 whiskers(axes, [truth.ravel()[part].mean() for part in tenths],
                          [interval(sigmoid(scores.ravel()[part])) for part in tenths], colours[run], run)
 
-    with picture(out / "scaling.png", "Data and model size (Figure 6)", "pairs to train on", "accuracy, own test set") as axes:
-        curves: dict[str, list] = {}
-        for run, config in configs.items():
-            _, *figures = measures[f"{run} on {own[run]}"]["accuracy"]["all"]
-            curves.setdefault(f"{kinds[run]}, dim {config['model']['dim']}", []).append((config["pairs"], figures))
-        for (name, points), colour in zip(curves.items(), cycle(COLOURS)):
-            whiskers(axes, *zip(*sorted(points)), colour, name)
-        axes.set_xscale("log")
+    curves: dict[str, list] = {}
+    for run, config in configs.items():
+        _, *figures = measures[f"{run} on {own[run]}"]["accuracy"]["all"]
+        curves.setdefault(f"{kinds[run]}, dim {config['model']['dim']}", []).append((config["pairs"], figures))
+    if max(map(len, curves.values())) > 1:  # one point is no curve
+        title, xlabel = "Data and model size (Figure 6)", "pairs to train on"
+        with picture(out / "scaling.png", title, xlabel, "accuracy, own test set") as axes:
+            for (name, points), colour in zip(curves.items(), cycle(COLOURS)):
+                whiskers(axes, *zip(*sorted(points)), colour, name)
+            axes.set_xscale("log")
 
     helper, guard = (next((run for run in kinds if kinds[run] == kind), None) for kind in ("helpfulness", "safety"))
     if helper and guard:
