@@ -220,7 +220,7 @@ def collect_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
         if (run / f"{name}.jsonl").exists():
             pairs, _ = read_pairs((str(run / f"{name}.jsonl"),))
             counts = Counter(pair[key] for pair in pairs for key in ("rating", "safety"))
-            shares = percent([counts[group] / max(1, len(pairs)) for group in (*RATINGS, *SAFETY)])
+            shares = percent([counts[group] / len(pairs) if counts[group] else None for group in (*RATINGS, *SAFETY)])
             rows.append([name, f"{len(pairs):,}", *shares])
     annotator = "the rules of the tiny world" if settings["annotator"] == "toy" else "a person"
     return [f"<h2>Comparisons, {html.escape(str(run))} (§3.2.1)</h2>",
