@@ -34,7 +34,7 @@ import toy
 from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint, gathered,
                       interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings, rank_0_first,
-                      read_lines, replace_file, sources, start, tiny_world, train, world_of)
+                      read_lines, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
 from tokenizer import Tokenizer, TokenizerError, dialog_turns
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -46,7 +46,7 @@ class Settings(Common):
     preset: str | None = None  # whose hyper-parameters to take; by default those of the size of --init
     init: str = "out/pretrain"  # the base model: a run of ours, Meta's release or a Hugging Face folder
     out: str = "out/sft"  # folder of this run; started again, it goes on where it stopped
-    data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of dialogues, .json or .jsonl (.gz); `toy`
+    data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of dialogues, .json or .jsonl (.gz); `toy`, `-` (stdin)
     epochs: int | None = None  # passes over the dialogues | 2
     lr: float | None = None  # peak learning rate | 2e-5
     lr_floor: float | None = None  # where the cosine ends, a share of the peak | not stated; 0.1 in pretraining
@@ -370,10 +370,11 @@ def main(settings: Settings) -> None:
         settings = replace(settings, world=world_of(settings.init))
     tokenizer, bad = Tokenizer(parent.tokenizer), [] if settings.skip_bad_rows else None
     made_of = f"world {settings.world}: {settings.dialogs} dialogues, safety {settings.safety}, noise {settings.noise}"
-    found = sources(settings.data, {"toy": (lambda: toy_dialogs(settings), made_of)}, lambda file: read_dialogs(file, bad))
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
+        embedded = {"toy": (lambda: toy_dialogs(settings), made_of)}
+        found = sources(settings.data, embedded, lambda file: read_dialogs(file, bad), spool_stdin(settings, ranks))
         record = open_run(settings, "sft", ranks, data={s.name: s.fingerprint for s in found}, parent=settings.init,
                           parent_fingerprint=parent.fingerprint)
         with rank_0_first(ranks):
@@ -466,6 +467,7 @@ class Chat:
     top_p: float = 0.9  # of the likeliest tokens, those that make up this mass | 0.9 (released)
     max_new_tokens: int = 256  # longest answer
     seed: int = 0  # of the samples
+    device: str = "auto"  # cpu, cuda, or auto
 
     BY_PRESET: ClassVar[dict[str, dict]] = {}
     POSITIONAL: ClassVar[str] = "run"
@@ -489,8 +491,11 @@ def fit_context(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[
 def chat(settings: Chat) -> None:
     """Read messages from standard input, stream the answers to standard output, until Ctrl-D; Ctrl-C ends an answer."""
     config, weight_of, tokenizer_file = read_any(settings.run)
-    model, tokenizer = load_weights(config, weight_of), Tokenizer(tokenizer_file)
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    model, tokenizer = load_weights(config, weight_of, dtype).to(device), Tokenizer(tokenizer_file)
     system, seed = DEFAULT_SYSTEM if settings.default_system else settings.system, settings.seed
+    room = config.max_seq_len - min(settings.max_new_tokens, config.max_seq_len // 2)  # for the dialogue
     turns: list[dict] = []
     note = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     in_terminal = sys.stdin.isatty()
@@ -517,7 +522,7 @@ def chat(settings: Chat) -> None:
             before = [{"role": "system", "content": system}] * bool(system)
             asked = [*turns, {"role": "user", "content": line}]
             try:
-                tokens, dropped = fit_context(tokenizer, before + asked, config.max_seq_len - settings.max_new_tokens)
+                tokens, dropped = fit_context(tokenizer, before + asked, room)
             except (InputError, TokenizerError) as error:
                 note(str(error))
                 continue
