@@ -89,8 +89,8 @@ def sampling(args: argparse.Namespace) -> dict:
             continue
         model = Transformer(config).to(dtype)
         with tempfile.TemporaryDirectory() as folder:
-            save_hf(model, folder, dtype)
-            theirs = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            save_hf(model, f"{folder}/hf", dtype)
+            theirs = LlamaForCausalLM.from_pretrained(f"{folder}/hf", dtype=dtype).eval()
         theirs.generation_config.eos_token_id = None  # both draw exactly `new` tokens
         for batch, new in shapes:
             prompts = torch.randint(config.vocab_size, (batch, PROMPT))
