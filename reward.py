@@ -429,8 +429,8 @@ def main(settings: Settings) -> None:
         n = min(len(pairs), settings.pairs or len(pairs))
         pairs = [pairs[i] for i in permute(np.arange(n), len(pairs), settings.seed)]
         steps = min(math.ceil(n / settings.batch_size), settings.steps or sys.maxsize)
-        settings = replace(settings, warmup=settings.warmup or max(5, round(0.03 * steps)))
         record = open_run(settings, "reward", ranks, data=files, parent=settings.init, parent_fingerprint=parent.fingerprint)
+        settings = replace(settings, warmup=settings.warmup or max(5, round(0.03 * steps)))
         model = build(config, settings, ranks, RewardModel)
         parent.fill(model, skip=HEAD)
         set_weights(model.output, lambda name, shape: head_weight(shape, settings.seed, ranks.device))
