@@ -46,7 +46,7 @@ class Settings(Common):
     preset: str | None = None  # whose hyper-parameters to take; by default those of the size of --init
     init: str = "out/pretrain"  # the base model: a run of ours, Meta's release or a Hugging Face folder
     out: str = "out/sft"  # folder of this run; started again, it goes on where it stopped
-    data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of dialogues, .json or .jsonl (.gz); `toy`, `-` (stdin)
+    data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of dialogues, .json or .jsonl (.gz); `toy`, `toy/numbers:0.3`; `-`
     epochs: int | None = None  # passes over the dialogues | 2
     lr: float | None = None  # peak learning rate | 2e-5
     lr_floor: float | None = None  # where the cosine ends, a share of the peak | not stated; 0.1 in pretraining
@@ -172,6 +172,12 @@ def fit(turns: list[tuple[list[int], list[bool]]], seq_len: int) -> tuple[list[i
     return [token for tokens, _ in kept for token in tokens], [flag for _, flags in kept for flag in flags]
 
 
+def encode_document(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[bool]]:
+    """A text as pretraining reads it, learned but for its BOS. A few among the dialogues keep what would be forgotten."""
+    tokens = tokenizer.encode(text, bos=True, eos=True)
+    return tokens, [False] + [True] * (len(tokens) - 1)
+
+
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Put dialogues into rows of at most seq_len tokens: best fit, the longest first. Returns each row's dialogues.
 
@@ -253,7 +259,8 @@ def prepare(found: list[Source], tokenizer: Tokenizer, settings: Settings, bad: 
         tokens, is_answer, ends, source, cut, dropped = [], [], [], [], 0, 0
         for number, one in enumerate(found):
             for _, messages in tqdm(one.documents(), desc=f"tokenising {one.name}", unit=" dialogues"):
-                turns = [tokenizer.encode_turn(*turn) for turn in dialog_turns(messages) if turn[1] is not None]
+                turns = [encode_document(tokenizer, messages)] if isinstance(messages, str) else [
+                    tokenizer.encode_turn(*turn) for turn in dialog_turns(messages) if turn[1] is not None]
                 ids, flags = fit(turns, settings.seq_len)
                 cut += 0 < len(ids) < sum(len(turn) for turn, _ in turns)
                 if not ids:
@@ -373,14 +380,18 @@ def main(settings: Settings) -> None:
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
-        embedded = {"toy": (lambda: toy_dialogs(settings), made_of)}
+        # `toy/numbers` and its like are documents of pretraining, which InstructGPT mixes into PPO, and which help here too
+        embedded = {f"toy/{kind}": (lambda kind=kind: (("toy", text) for text in toy.documents(tiny_world(settings.world), kind)),
+                                    f"toy/{kind} of world {settings.world}") for kind in toy.SOURCES}
+        embedded["toy"] = lambda: toy_dialogs(settings), made_of
         found = sources(settings.data, embedded, lambda file: read_dialogs(file, bad), spool_stdin(settings, ranks))
         record = open_run(settings, "sft", ranks, data={s.name: s.fingerprint for s in found}, parent=settings.init,
                           parent_fingerprint=parent.fingerprint)
         with rank_0_first(ranks):
             dialogs = prepare(found, tokenizer, settings, bad)
         n = len(dialogs["ends"])
-        held_out = np.arange(HELD_OUT_EVERY - 1, n, HELD_OUT_EVERY)
+        first = np.concatenate([[0], dialogs["ends"][:-1]])  # (dialogues,)
+        held_out = np.flatnonzero(~dialogs["is_answer"][first + 1])[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]  # documents never are
         held_out = held_out[:: max(1, math.ceil(len(held_out) / HELD_OUT_DIALOGS))]
         is_held_out = np.isin(np.arange(n), held_out)
         weights = np.array([source.epochs for source in found])[dialogs["source"]] * ~is_held_out  # (dialogues,)

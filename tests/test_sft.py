@@ -141,6 +141,14 @@ def test_every_answer_token_is_a_target_as_often_as_its_dialogue_is_read_and_a_p
     assert sum(flags[0] for _, flags in encoded) == 0  # a dialogue's first token is a prompt's: nothing predicts it
 
 
+def test_a_document_among_the_dialogues_is_learned_whole(tokenizer):
+    tokens, flags = sft.encode_document(tokenizer, "The old fox has 3 eggs.")
+    dialogs = {"tokens": np.array(tokens), "is_answer": np.array(flags), "ends": np.array([len(tokens)])}
+    inputs, targets, _ = PackedDialogs(dialogs, np.ones(1), 1, 64, 0, True).batch(range(1), 1)
+    assert targets[0][targets[0] != IGNORE].tolist() == tokens[1:] and inputs[0, : len(tokens)].tolist() == tokens
+    assert tokens[0] == tokenizer.bos_id and tokens[-1] == tokenizer.eos_id
+
+
 @pytest.fixture(scope="module")
 def model():
     return Transformer(ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=64, vocab_size=512), seed=1)
