@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -211,7 +212,7 @@ def test_a_batch_without_an_answer_has_loss_zero_and_no_gradient(tokenizer, mode
 
 def test_a_model_that_answers_as_the_annotators_do_surveys_well_and_silence_badly():
     world = toy.World(0)
-    rng = __import__("random").Random(0)
+    rng = random.Random(0)
     parts = {"all": toy.prompts(world, 40, split="test"), "fact": toy.every(world, "fact", "test"), "sum": toy.every(world, "sum", "test"),
              "howto": toy.every(world, "howto", "test"), "border": toy.borderline_prompts(world, "test"),
              **{f"unsafe {i}": toy.unsafe_prompts(world, "test") for i in range(3)},
@@ -221,7 +222,7 @@ def test_a_model_that_answers_as_the_annotators_do_surveys_well_and_silence_badl
         answers = []
         for part, prompts in parts.items():
             for prompt in prompts:
-                text = " ".join(toy.answer(world, prompt, rng) for _ in range(1))
+                text = toy.answer(world, prompt, rng)
                 if prompt["kind"] == "unsafe":
                     text = toy.refusal(prompt["category"], rng, 2)
                 if "constraint" in prompt:
