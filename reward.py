@@ -20,10 +20,10 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import combinations, cycle
 from pathlib import Path
 from random import Random
@@ -830,25 +830,35 @@ def collect(settings: Collect) -> None:
             for split in ("train",) if settings.prompts else ("train", "test"):
                 prompts = file_prompts(settings.prompts) if settings.prompts else toy_prompts(settings, axis, split)
                 name = axis if split == "train" else f"{axis}-test"
-                rows = sample_all(folders[axis], prompts, name, settings, ranks)
+                speakers = cache(partial(load_speakers, folders[axis], ranks))
+                seed = zlib.crc32(f"{settings.seed} {name}".encode())
+
+                def draw(rows: range) -> list[dict]:
+                    return sample_pairs(speakers(), [prompts[i] for i in rows], rows.start, settings, seed)
+
+                rows = in_parts(out, name, len(prompts), settings.batch_size, draw, ranks, settings.resume)
                 if ranks.rank == 0:
+                    if not settings.resume:
+                        (out / f"{name}-labels.jsonl").unlink(missing_ok=True)
                     write_pairs(rows, annotations(rows, axis, settings, out / f"{name}-labels.jsonl"), out / f"{name}.jsonl")
 
 
-def sample_all(folders: list[str], prompts: list[dict], name: str, settings: Collect, ranks: Ranks) -> list[dict]:
-    """The rows of `sample_pairs` for all prompts, in batches that the ranks share; each is a file, written once and whole."""
-    starts = range(0, len(prompts), settings.batch_size)
-    parts = [Path(settings.out, "parts", f"{name}-{first:05d}.json") for first in starts]
-    seed = zlib.crc32(f"{settings.seed} {name}".encode())
+def in_parts(out: Path, name: str, n: int, batch_size: int, make: Callable[[range], list], ranks: Ranks,
+             resume: bool = True) -> list:
+    """make(range of numbers) → rows for the numbers 0 … n-1, in batches that the ranks share; rank 0 gets all rows.
+
+    Each batch is a file OUT/parts/NAME-NNNNN.json, written once and whole: the unit of resume of every sampling stage.
+    """
+    starts = range(0, n, batch_size)
+    parts = [out / "parts" / f"{name}-{first:05d}.json" for first in starts]
     if ranks.rank == 0:
-        parts[0].parent.mkdir(exist_ok=True)
-        for old in () if settings.resume else (*parts, Path(settings.out, f"{name}-labels.jsonl")):
+        (out / "parts").mkdir(exist_ok=True)
+        for old in () if resume else parts:
             old.unlink(missing_ok=True)
     dist.barrier(cpu_group())
     mine = [i for i in range(ranks.rank, len(parts), ranks.world_size) if not parts[i].exists()]
-    speakers = load_speakers(folders, ranks) if mine else []
     for i in tqdm(mine, desc=f"sampling {name}", unit="batch", disable=ranks.rank > 0):
-        rows = sample_pairs(speakers, prompts[starts[i] : starts[i] + settings.batch_size], starts[i], settings, seed)
+        rows = make(range(starts[i], min(starts[i] + batch_size, n)))
         replace_file(parts[i], json.dumps(rows).encode())
     dist.barrier(cpu_group())
     return [row for part in parts for row in json.loads(part.read_text())] if ranks.rank == 0 else []

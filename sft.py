@@ -18,7 +18,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
@@ -32,21 +32,18 @@ from tqdm import tqdm
 
 import toy
 from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
-from pretrain import (Common, InputError, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint, gathered,
-                      interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings, rank_0_first,
-                      read_lines, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
+from pretrain import (Common, InputError, Parent, Ranks, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint,
+                      gathered, interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings,
+                      rank_0_first, read_lines, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
 from tokenizer import Tokenizer, TokenizerError, dialog_turns
 
 # ---------------------------------------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
-class Settings(Common):
-    """Fine-tune a base model into a chat model on dialogues (§3.1)."""
+class Tuning(Common):
+    """What every stage that learns from dialogues can be told (see `fine_tune`)."""
     preset: str | None = None  # whose hyper-parameters to take; by default those of the size of --init
-    init: str = "out/pretrain"  # the base model: a run of ours, Meta's release or a Hugging Face folder
-    out: str = "out/sft"  # folder of this run; started again, it goes on where it stopped
-    data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of dialogues, .json or .jsonl (.gz); `toy`, `toy/dialogs`; `-`
     epochs: int | None = None  # passes over the dialogues | 2
     lr: float | None = None  # peak learning rate | 2e-5
     lr_floor: float | None = None  # where the cosine ends, a share of the peak | not stated; 0.1 in pretraining
@@ -56,9 +53,6 @@ class Settings(Common):
     isolate: bool = True  # keep the dialogues of a row apart, by mask and positions; the paper does not say
     world: int | None = None  # seed of the tiny world; by default that of --init
     skip_bad_rows: bool = False  # count rows that are no dialogue and go on, instead of stopping at the first
-    dialogs: int = 16000  # dialogues of the tiny world | 27,540 annotations
-    noise: float = 0.0  # share of bad answers among them (quality or quantity, §3.1)
-    safety: float = 0.06  # share of unsafe prompts among them, all refused (§4.2.2)
     sample_tokens: int | None = None  # longest answer of a sample at an evaluation; 0: none (they need the whole model)
 
     BY_PRESET: ClassVar[dict[str, dict]] = {
@@ -71,6 +65,17 @@ class Settings(Common):
                    save_every=100, checkpointing=False, sample_tokens=64)
         for name, lr in [("toy-s", 2.4e-3), ("toy", 1.6e-3), ("toy-m", 1.2e-3), ("toy-l", 8e-4)]
     }
+
+
+@dataclass(frozen=True)
+class Settings(Tuning):
+    """Fine-tune a base model into a chat model on dialogues (§3.1)."""
+    init: str = "out/pretrain"  # the base model: a run of ours, Meta's release or a Hugging Face folder
+    out: str = "out/sft"  # folder of this run; started again, it goes on where it stopped
+    data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of dialogues, .json or .jsonl (.gz); `toy`, `toy/dialogs`; `-`
+    dialogs: int = 16000  # dialogues of the tiny world | 27,540 annotations
+    noise: float = 0.0  # share of bad answers among them (quality or quantity, §3.1)
+    safety: float = 0.06  # share of unsafe prompts among them, all refused (§4.2.2)
 
 
 # ---------------------------------------------------------------------------------------------- dialogue formats
@@ -177,6 +182,15 @@ def encode_document(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[bo
     return tokens, [False] + [True] * (len(tokens) - 1)
 
 
+def encoded_turns(tokenizer: Tokenizer, row: list[dict] | str | tuple) -> list[tuple[list[int], list[bool]]]:
+    """The turns of a row as (ids, is_answer). A row is a dialogue, a document's text, or one turn that is already in ids."""
+    if isinstance(row, tuple):
+        return [row]
+    if isinstance(row, str):
+        return [encode_document(tokenizer, row)]
+    return [tokenizer.encode_turn(*turn) for turn in dialog_turns(row) if turn[1] is not None]
+
+
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Put dialogues into rows of at most seq_len tokens: best fit, the longest first. Returns each row's dialogues.
 
@@ -258,8 +272,7 @@ def prepare(found: list[Source], tokenizer: Tokenizer, settings: Settings, bad: 
         tokens, is_answer, ends, source, cut, dropped = [], [], [], [], 0, 0
         for number, one in enumerate(found):
             for _, messages in tqdm(one.documents(), desc=f"tokenising {one.name}", unit=" dialogues"):
-                turns = [encode_document(tokenizer, messages)] if isinstance(messages, str) else [
-                    tokenizer.encode_turn(*turn) for turn in dialog_turns(messages) if turn[1] is not None]
+                turns = encoded_turns(tokenizer, messages)
                 ids, flags = fit(turns, settings.seq_len)
                 cut += 0 < len(ids) < sum(len(turn) for turn, _ in turns)
                 if not ids:
@@ -365,76 +378,89 @@ def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, fl
 TOY_MIX = ("toy/dialogs", "toy/encyclopedia:0.3", "toy/numbers:0.3")
 
 
-def toy_dialogs(settings: Settings) -> Iterator[tuple[str, list[dict]]]:
-    """The annotated dialogues of the tiny world, as `read_dialogs` gives those of a file."""
-    made = toy.dialogues(tiny_world(settings.world), settings.dialogs, safety=settings.safety, noise=settings.noise)
-    return (("toy", dialog["messages"]) for dialog in made)
+def toy_sources(specs: Iterable[str], world: int, dialogs: int, safety: float,
+                noise: float = 0.0) -> tuple[list[str], dict[str, tuple[Callable, str]]]:
+    """The specs with `toy` spelled out as TOY_MIX, and the embedded sources that they may name (see `sources`).
+
+    world: its seed. dialogs, safety, noise: of the annotated dialogues (see `toy.dialogues`).
+    """
+    made = lambda: toy.dialogues(tiny_world(world), dialogs, safety=safety, noise=noise)  # noqa: E731
+    embedded = {f"toy/{kind}": (lambda kind=kind: (("toy", text) for text in toy.documents(tiny_world(world), kind)),
+                                f"toy/{kind} of world {world}") for kind in toy.SOURCES}
+    embedded["toy/dialogs"] = (lambda: (("toy", dialog["messages"]) for dialog in made()),
+                               f"world {world}: {dialogs} dialogues, safety {safety}, noise {noise}")
+    return [part for spec in specs for part in (TOY_MIX if spec == "toy" else (spec,))], embedded
 
 
 def main(settings: Settings) -> None:
-    """Run §3.1: dialogues → packed rows → a few epochs on the answers → what the chat model can do, before and after."""
+    """Run §3.1: the base model becomes a chat model."""
     parent = parent_of(settings.init)
-    if settings.seq_len > parent.config.max_seq_len:
-        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {parent.config.max_seq_len}")
     if settings.world is None:  # the one that the base model knows
         settings = replace(settings, world=world_of(settings.init))
-    tokenizer, bad = Tokenizer(parent.tokenizer), [] if settings.skip_bad_rows else None
-    made_of = f"world {settings.world}: {settings.dialogs} dialogues, safety {settings.safety}, noise {settings.noise}"
-    ranks = start(settings)
+    ranks, bad = start(settings), [] if settings.skip_bad_rows else None
     with locked(settings.out, ranks):
-        out = Path(settings.out)
-        embedded = {f"toy/{kind}": (lambda kind=kind: (("toy", text) for text in toy.documents(tiny_world(settings.world), kind)),
-                                    f"toy/{kind} of world {settings.world}") for kind in toy.SOURCES}
-        embedded["toy/dialogs"] = lambda: toy_dialogs(settings), made_of
-        specs = [part for spec in settings.data for part in (TOY_MIX if spec == "toy" else (spec,))]
+        specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety, settings.noise)
         found = sources(specs, embedded, lambda file: read_dialogs(file, bad), spool_stdin(settings, ranks))
         record = open_run(settings, "sft", ranks, data={s.name: s.fingerprint for s in found}, parent=settings.init,
                           parent_fingerprint=parent.fingerprint)
-        with rank_0_first(ranks):
-            dialogs = prepare(found, tokenizer, settings, bad)
-        n = len(dialogs["ends"])
-        first = np.concatenate([[0], dialogs["ends"][:-1]])  # (dialogues,)
-        held_out = np.flatnonzero(~dialogs["is_answer"][first + 1])[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]  # documents never are
-        held_out = held_out[:: max(1, math.ceil(len(held_out) / HELD_OUT_DIALOGS))]
-        is_held_out = np.isin(np.arange(n), held_out)
-        weights = np.array([source.epochs for source in found])[dialogs["source"]] * ~is_held_out  # (dialogues,)
-        shape = settings.seq_len, settings.seed, settings.isolate
-        rows = PackedDialogs(dialogs, weights, settings.epochs, *shape)
-        held_rows = PackedDialogs(dialogs, is_held_out.astype(float), 1, *shape)
-        steps = min(math.ceil(rows.n_rows / settings.batch_size), settings.steps or sys.maxsize)
-        warmup = max(5, round(0.03 * steps)) if settings.warmup is None else settings.warmup  # the paper does not say: our choice
-        model = build(parent.config, settings, ranks)
-        parent.fill(model)
-        if ranks.rank == 0:
-            replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
-            replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
-            kept, n_bad, cut, dropped = dialogs["counts"]
-            documents = int(dialogs["is_answer"][first + 1].sum())
-            print(f"{kept - documents:,} dialogues" + f" and {documents:,} documents" * bool(documents)
-                  + f" of {len(dialogs['tokens']):,} tokens, {dialogs['is_answer'].mean():.0%} of them learned; {n_bad} bad rows "
-                  f"left out, {cut} cut at a turn to fit, {dropped} longer than --seq_len\n"
-                  f"{rows.n_rows:,} rows in {settings.epochs} epochs, packing efficiency {rows.efficiency:.1%}; {steps:,} steps")
-            print_settings(settings)
+        is_toy = any(source.fingerprint == embedded["toy/dialogs"][1] for source in found)
+        fine_tune(settings, record, parent, found, ranks, tiny_world(settings.world) if is_toy else None, bad)
 
-        def evaluate(step: int) -> dict:
-            figures = {}
-            if held_rows.n_rows:
-                mean, low, high = interval(*perplexity(model, held_rows, settings.micro_batch, ranks))
-                figures = {"loss/answers": mean, "low/answers": low, "high/answers": high}
-            if settings.sample_tokens and step in (0, steps):
-                with gathered(model) as whole:
-                    if ranks.rank == 0:
-                        log_samples(out / "samples.txt", step, answer_held_out(whole, tokenizer, dialogs, held_out, settings))
-                        if any(source.fingerprint == made_of for source in found):
-                            world = tiny_world(settings.world)
-                            figures |= survey(ask(whole, tokenizer, world, settings.sample_tokens), world)
-            return figures
 
-        batch_at = lambda step: rows.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
-        optimizer, settings = adamw(model, settings.weight_decay, settings.adam_eps), replace(settings, warmup=warmup)
-        train(model, optimizer, batch_at, lm_loss, settings, ranks, steps, evaluate)
-        if ranks.rank == 0:
-            report(out)
+def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source], ranks: Ranks,
+              world: toy.World | None = None, bad: list[str] | None = None) -> None:
+    """Dialogues → packed rows → a few epochs on the answers → what the chat model can do, before and after.
+
+    record: what `open_run` returned. found: sources of rows (see `encoded_turns`). world: the tiny world, if the survey of
+    it shall be made. bad: where a source notes bad rows. The stages after SFT fine-tune through here too.
+    """
+    if settings.seq_len > parent.config.max_seq_len:
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {parent.config.max_seq_len}")
+    out, tokenizer = Path(settings.out), Tokenizer(parent.tokenizer)
+    with rank_0_first(ranks):
+        dialogs = prepare(found, tokenizer, settings, bad)
+    n = len(dialogs["ends"])
+    first = np.concatenate([[0], dialogs["ends"][:-1]])  # (dialogues,)
+    held_out = np.flatnonzero(~dialogs["is_answer"][first + 1])[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]  # documents never are
+    held_out = held_out[:: max(1, math.ceil(len(held_out) / HELD_OUT_DIALOGS))]
+    is_held_out = np.isin(np.arange(n), held_out)
+    weights = np.array([source.epochs for source in found])[dialogs["source"]] * ~is_held_out  # (dialogues,)
+    shape = settings.seq_len, settings.seed, settings.isolate
+    rows = PackedDialogs(dialogs, weights, settings.epochs, *shape)
+    held_rows = PackedDialogs(dialogs, is_held_out.astype(float), 1, *shape)
+    steps = min(math.ceil(rows.n_rows / settings.batch_size), settings.steps or sys.maxsize)
+    warmup = max(5, round(0.03 * steps)) if settings.warmup is None else settings.warmup  # the paper does not say: our choice
+    model = build(parent.config, settings, ranks)
+    parent.fill(model)
+    if ranks.rank == 0:
+        replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
+        replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
+        kept, n_bad, cut, dropped = dialogs["counts"]
+        documents = int(dialogs["is_answer"][first + 1].sum())
+        print(f"{kept - documents:,} dialogues" + f" and {documents:,} documents" * bool(documents)
+              + f" of {len(dialogs['tokens']):,} tokens, {dialogs['is_answer'].mean():.0%} of them learned; {n_bad} bad rows "
+              f"left out, {cut} cut at a turn to fit, {dropped} longer than --seq_len\n"
+              f"{rows.n_rows:,} rows in {settings.epochs} epochs, packing efficiency {rows.efficiency:.1%}; {steps:,} steps")
+        print_settings(settings)
+
+    def evaluate(step: int) -> dict:
+        figures = {}
+        if held_rows.n_rows:
+            mean, low, high = interval(*perplexity(model, held_rows, settings.micro_batch, ranks))
+            figures = {"loss/answers": mean, "low/answers": low, "high/answers": high}
+        if settings.sample_tokens and step in (0, steps):
+            with gathered(model) as whole:
+                if ranks.rank == 0:
+                    log_samples(out / "samples.txt", step, answer_held_out(whole, tokenizer, dialogs, held_out, settings))
+                    if world:
+                        figures |= survey(ask(whole, tokenizer, world, settings.sample_tokens), world)
+        return figures
+
+    batch_at = lambda step: rows.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
+    optimizer, settings = adamw(model, settings.weight_decay, settings.adam_eps), replace(settings, warmup=warmup)
+    train(model, optimizer, batch_at, lm_loss, settings, ranks, steps, evaluate)
+    if ranks.rank == 0:
+        report(out)
 
 
 def answer_held_out(model: Transformer, tokenizer: Tokenizer, dialogs: dict[str, np.ndarray], held_out: np.ndarray,
