@@ -193,7 +193,8 @@ class Judge(Asking):
     out: str = "out/judge"  # folder of answers, verdicts and results; started again, it goes on where it stopped
     parallel: int = 4  # requests to a URL at once
     timeout: float = 60.0  # seconds that a request to a URL may take
-    retries: int = 6  # tries after one that failed, with waits of 1, 2, 4, ... seconds
+    retries: int = 6  # tries after one that failed
+    wait: float = 1.0  # seconds before the first of them; then twice as many, and so on
 
 
 SEVEN = ("much better", "better", "slightly better", "about the same")  # §3.4.2: seven labels, mirrored behind the fourth
@@ -344,7 +345,7 @@ def ask_endpoint(url: str, body: dict, settings: Judge, stopped: threading.Event
     Raises InputError if the server refuses (4xx: a wrong key or model), if it fails too often, or if the run is stopped.
     """
     for attempt in range(settings.retries + 1):
-        wait = 2.0**attempt
+        wait = settings.wait * 2**attempt
         try:
             said = post(url, body, os.environ.get("OPENAI_API_KEY", ""), settings.timeout)["choices"][0]["message"]["content"]
             if isinstance(said, str):
@@ -398,7 +399,7 @@ def verdicts(asked: list[Question], verdict_of: Callable, file: Path, parallel: 
     with open(file, "a") as f, tqdm(total=len(still), desc="judging", unit="pair", disable=not parallel) as bar:
         def settle(question: Question) -> None:
             verdict, said = verdict_of(question)
-            for_a = verdict if verdict is None or question.order == 0 else -verdict
+            for_a = verdict if verdict is None or question.order == 0 else 0.0 - verdict
             line = {"number": question.number, "order": question.order, "verdict": for_a, "said": said}
             with lock:
                 f.write(json.dumps(line) + "\n")
@@ -449,7 +450,8 @@ def groups_of(prompts: list[dict]) -> dict[str, np.ndarray]:
     edges = np.unique(np.quantile(n_words, [0.2, 0.4, 0.6, 0.8, 1.0], method="lower"))
     for low, high in zip([-1, *edges], edges):
         mine = (low < n_words) & (n_words <= high)
-        found[f"{n_words[mine].min()} to {high} words"] = mine
+        least = n_words[mine].min()
+        found[f"{high} words" if least == high else f"{least} to {high} words"] = mine
     return found | {"without a system prompt": ~with_system, "with a system prompt": with_system}
 
 
@@ -844,7 +846,8 @@ def corpus(settings: Corpus) -> None:
     for name, paper in TABLE_9.items():
         print(f"{name:22} {paper:7.2f}" + "".join(f"{100 * one['shares'][name]:15.2f}" for one in found.values()))
         for term in IDENTITIES.get(name, ()):
-            print(f"  {term:20} {'':7}" + "".join(f"{100 * one['terms'][name][term]:15.1f}" for one in found.values()))
+            if any(one["terms"][name][term] for one in found.values()):
+                print(f"  {term:20} {'':7}" + "".join(f"{100 * one['terms'][name][term]:15.1f}" for one in found.values()))
     print(f"{'rude words (stand-in)':22} {'0.2':>7}" + "".join(f"{100 * one['toxic']:15.2f}" for one in found.values()))
     print(f"{'documents':22} {'':7}" + "".join(f"{one['documents']:15,}" for one in found.values()))
     out = Path(settings.out)
@@ -1182,8 +1185,8 @@ def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
 def judge_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one comparison of two models: wins, ties and losses by group (Figures 11, 12, 30, 31)."""
     parts = [f"<h2>{html.escape(settings['a'])} against {html.escape(settings['b'])}, {settings['axis']} (§3.4)</h2>",
-             "<p>The win rate is win / (win + loss), with a 95 % interval over prompts. A later version should pass 50 % against the "
-             "one before. A reward model is no independent judge of a model that was trained on it.</p>"]
+             "<p>The win rate is win / (win + loss), with a 95 % interval over prompts. A later version should pass 50 % "
+             "against the one before. A reward model is no independent judge of a model that was trained on it.</p>"]
     for name, found in json.loads((run / "results.json").read_text()).items():
         equal, longer, inconsistent = percent([found["equal"], found["longer"], found["inconsistent"]])
         rows = [[group, row["n"], *percent([row[key] / row["n"] for key in ("win", "tie", "loss")]),
@@ -1209,8 +1212,8 @@ def safety_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
                         [*([part, *percent(share[:1]), "{} … {}".format(*percent(share[1:]))]
                            for part, share in found["false refusals"].items()),
                          ["the paper, borderline (≈, Figure 33)", "15.0 … 27.2", ""]]),
-                  f"<p>Red team: γ is {1000 * found['groups']['all']['real']:.1f} violations per thousand tries (the paper: 1.8 to "
-                  f"0.45 per person and hour). Agreement of the raters: AC2 {found['ac2']:.2f} (the paper: 0.92)."
+                  f"<p>Red team: γ is {1000 * found['groups']['all']['real']:.1f} violations per thousand tries (the paper: 1.8 "
+                  f"to 0.45 per person and hour). Agreement of the raters: AC2 {found['ac2']:.2f} (the paper: 0.92)."
                   + (f" Of the previous version's violations {found['fixed']:.0%} are mended (the paper: 90 %)."
                      if found.get("fixed") is not None else "") + "</p>"]
     return parts
@@ -1221,8 +1224,8 @@ def diversity_section(run: Path, settings: dict, metrics: list[dict]) -> list[st
     rows = [[f"{model}, {kind}", *(f"{100 * mean:.1f} ± {100 * sd:.1f}" for _, mean, sd in points)]
             for model, kinds in json.loads((run / "results.json").read_text()).items() for kind, points in kinds.items()]
     return ["<h2>Self-BLEU against temperature (§5.1, Figure 21)</h2>",
-            "<p>High is alike. After RLHF answers to factual prompts should stay alike as the temperature rises, those to creative "
-            "ones less so. The paper at 1.4: factual 77 (SFT) to 93 (V3), creative 75.5 to 85.</p>",
+            "<p>High is alike. After RLHF answers to factual prompts should stay alike as the temperature rises, those to "
+            "creative ones less so. The paper at 1.4: factual 77 (SFT) to 93 (V3), creative 75.5 to 85.</p>",
             table(["in %, at temperature", *settings["temperatures"]], rows), picture(run / "diversity.png", "Self-BLEU")]
 
 
@@ -1232,8 +1235,8 @@ def corpus_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     rows = [[name, *percent([one["shares"][name] for one in found.values()]), paper] for name, paper in TABLE_9.items()]
     rows.append(["rude words, a stand-in", *percent([one["toxic"] for one in found.values()]), "≈0.2"])
     return ["<h2>The corpus (§4.1, Table 9)</h2>",
-            "<p>Pronouns are counted among documents with one of their group, identity terms among all. Toxicity is a list of rude "
-            "words here, a stand-in for the paper's classifier.</p>", table(["% of documents", *found, "the paper"], rows)]
+            "<p>Pronouns are counted among documents with one of their group, identity terms among all. Toxicity is a list of "
+            "rude words here, a stand-in for the paper's classifier.</p>", table(["% of documents", *found, "the paper"], rows)]
 
 
 def contamination_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
@@ -1243,8 +1246,8 @@ def contamination_section(run: Path, settings: dict, metrics: list[dict]) -> lis
         rows += [[f"L {length}, {name}", *percent([row["share"]]), f"{row['n']:,}", *percent([row.get("mean"), row.get("all")]),
                   "-" if row.get("z") is None else f"{row['z']:.2f}"] for name, row in one["subsets"].items()]
     return [f"<h2>Contamination of {html.escape(settings['test'])} (A.6)</h2>",
-            f"<p>{found['tokens']:,} training tokens searched in {found['seconds']:.0f} s. Only if all four subsets have |Z| > 2, "
-            "clean ones below the mean and dirty ones above it, did contamination help.</p>",
+            f"<p>{found['tokens']:,} training tokens searched in {found['seconds']:.0f} s. Only if all four subsets have |Z| > "
+            "2, clean ones below the mean and dirty ones above it, did contamination help.</p>",
             table(["subset", "contaminated %", "samples", "score %", "all samples %", "Z"],
                   [*rows, ["the paper, HellaSwag, 70B, L 40, clean", 0, "7,391", 80.0, 82.5, -5.73],
                    ["the paper, dirty", 86.1, 848, 92.2, 82.5, 7.42]])]

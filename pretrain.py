@@ -113,7 +113,7 @@ class Settings(Common):
 
 
 FREE = {"steps", "eval_every", "save_every", "keep", "device", "micro_batch", "compile", "checkpointing", "replicas",
-        "threads", "resume", "out", "parallel", "timeout", "retries"}  # what may differ when a run goes on
+        "threads", "resume", "out", "parallel", "timeout", "retries", "wait"}  # what may differ when a run goes on
 
 
 def field_help(cls: type) -> dict[str, tuple[str, str]]:
@@ -162,7 +162,8 @@ def parse(cls: type, argv: list[str] | None = None):
         value = getattr(settings, name, None)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be a number above 0, not {value}")
-    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "retries"):
+    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "retries",
+                 "wait"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
     if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
@@ -908,6 +909,7 @@ def save_model(model: Transformer, out: str, tokenizer: str) -> None:
     config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
     replace_file(Path(out, "config.json"), json.dumps(config, indent=1).encode())
     dist.destroy_process_group()
+    cpu_group.cache_clear()  # it went with the others
 
 
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
