@@ -339,7 +339,7 @@ def blot(text: str, key: str) -> str:
     return text.replace(key, "***") if key else text
 
 
-def ask_endpoint(url: str, body: dict, settings: Judge, stopped: threading.Event) -> str:
+def ask_endpoint(url: str, body: dict, key: str, settings: Judge, stopped: threading.Event) -> str:
     """What the model at an OpenAI-compatible chat endpoint says; a failed request is tried again, after a longer and longer wait.
 
     Raises InputError if the server refuses (4xx: a wrong key or model), if it fails too often, or if the run is stopped.
@@ -347,7 +347,7 @@ def ask_endpoint(url: str, body: dict, settings: Judge, stopped: threading.Event
     for attempt in range(settings.retries + 1):
         wait = settings.wait * 2**attempt
         try:
-            said = post(url, body, os.environ.get("OPENAI_API_KEY", ""), settings.timeout)["choices"][0]["message"]["content"]
+            said = post(url, body, key, settings.timeout)["choices"][0]["message"]["content"]
             if isinstance(said, str):
                 return said
             failure = "the reply holds no text"
@@ -358,7 +358,7 @@ def ask_endpoint(url: str, body: dict, settings: Judge, stopped: threading.Event
             after = error.headers.get("Retry-After", "")
             wait = max(wait, min(60.0, float(after))) if after.isdigit() else wait
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            failure = blot(f"{type(error).__name__}: {error}"[:200], os.environ.get("OPENAI_API_KEY", ""))
+            failure = blot(f"{type(error).__name__}: {error}", key)[:200]
         if attempt < settings.retries and stopped.wait(wait):
             break
     raise InputError(f"{url} failed {attempt + 1} times, the last time with {failure}; what was judged is kept, and the same "
@@ -377,12 +377,13 @@ def judge_by_url(settings: Judge, stopped: threading.Event) -> Callable[[Questio
     url = settings.judge.rstrip("/")
     url += "" if url.endswith("/chat/completions") else "/chat/completions"
     quality = {"helpfulness": "helpful", "safety": "safe"}[settings.axis]
+    key = os.environ.get("OPENAI_API_KEY", "").strip()  # never logged, never stored
 
     def verdict_of(question: Question) -> tuple[float | None, str]:
         content = JUDGE_PROMPT.format(quality=quality, query=transcript(question.prompt["messages"]),
                                       first=question.first["text"], second=question.second["text"])
         body = {"model": settings.judge_model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-        said = ask_endpoint(url, body, settings, stopped)
+        said = ask_endpoint(url, body, key, settings, stopped)
         return read_verdict(said), said
 
     return verdict_of
@@ -1191,8 +1192,9 @@ def judge_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
         equal, longer, inconsistent = percent([found["equal"], found["longer"], found["inconsistent"]])
         rows = [[group, row["n"], *percent([row[key] / row["n"] for key in ("win", "tie", "loss")]),
                  "{} [{}, {}]".format(*percent(row["rate"])), row["unparsable"]] for group, row in found["groups"].items()]
-        parts += [table([f"in %, judged by {name}", "prompts", "win", "tie", "loss", "win rate", "unparsable"],
-                        [*rows, ["the paper, 70B against ChatGPT, by people (Figure 1)", "≈4,000", 35.9, 31.5, 32.5, 52.5, ""]]),
+        if settings["axis"] == "helpfulness":
+            rows.append(["the paper, 70B against ChatGPT, by people (Figure 1)", "≈4,000", 35.9, 31.5, 32.5, 52.5, ""])
+        parts += [table([f"in %, judged by {name}", "prompts", "win", "tie", "loss", "win rate", "unparsable"], rows),
                   f"<p class=note>Equal answers {equal} %; the longer answer wins {longer} %; the two orders disagree "
                   f"{inconsistent} %.</p>"]
     return parts

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import eval as evaluation
 import pretrain
 import reward
 import sft
@@ -43,6 +44,8 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
                  "--test_pairs", "3", "--max_new_tokens", "8"], None),
     "reward": (reward.main, reward.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/pairs.jsonl",
                                               "--rest", "{base}/pairs.jsonl", "--seq_len", "64"], reward.RewardModel),
+    "judge": (evaluation.judge, evaluation.Judge, [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--judge", "truth",
+                                                   "--n", "6", "--temperature", "1", "--max_new_tokens", "8"], None),
 }
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}
@@ -95,7 +98,7 @@ def outcome(stage: str, folder: Path) -> tuple[dict, list]:
     out, kind = folder / "out", STAGES[stage][3]
     weights = pretrain.load_model(out, kind)[0].state_dict() if kind else {}
     lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json") if path.exists()]
+    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json", out / "results.json") if path.exists()]
     return weights, [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + texts
 
 

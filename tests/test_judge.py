@@ -1,4 +1,5 @@
 """Judges, agreement, safety and red team, diversity, corpus statistics and contamination."""
+import io
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,12 +17,12 @@ import pytest
 import torch
 
 import toy
-from eval import (JUDGE_PROMPT, Judge, Question, Report, bleu, contaminated, contamination_table, corpus_figures, fixed, groups_of,
-                  gwet_ac, index_samples, judge_by_reward, judge_by_truth, judge_by_url, longest_matches, majority, measure_safety,
+from eval import (COMMANDS, JUDGE_PROMPT, Contamination, Judge, Question, Report, bleu, contaminated, contamination, contamination_table, corpus_figures, fixed, groups_of,
+                  gwet_ac, index_samples, judge, judge_by_reward, judge_by_truth, judge_by_url, longest_matches, majority, measure_safety,
                   questions, rate_safety, read_verdict, report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts,
                   win_table)
 from model import ModelConfig, Transformer
-from pretrain import InputError, save_model
+from pretrain import InputError, command_line, cpu_group, save_model
 from reward import RewardModel
 from tokenizer import Tokenizer
 
@@ -32,10 +34,14 @@ def golden(name):
     return json.loads((HERE / "tests/golden" / name).read_text())["cases"]
 
 
-def launch(*flags, stdin="", **more):
-    """Run eval.py as a user would."""
-    return subprocess.run([sys.executable, str(HERE / "eval.py"), *map(str, flags)], capture_output=True, text=True, input=stdin,
-                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", **more})
+def run(command, *flags):
+    """Run a command of eval.py in this process; what it prints."""
+    with redirect_stdout(io.StringIO()) as printed:
+        try:
+            command_line(*COMMANDS[command], [str(flag) for flag in flags])
+        finally:
+            cpu_group.cache_clear()  # it went with the process group
+    return printed.getvalue()
 
 
 def write(path, rows):
@@ -203,7 +209,7 @@ def likes_long(body):
 
 @pytest.fixture
 def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\r\n")  # as a file from Windows leaves it
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -293,7 +299,7 @@ def test_a_server_that_fails_for_good_ends_the_run_and_what_was_judged_is_kept(t
     assert server.paid == 3 and sorted(line["number"] for line in found) == list(range(6))
 
 
-def test_a_judge_run_that_is_killed_and_resumed_pays_for_nothing_twice_and_never_leaks_the_key(tmp_path, models):
+def test_a_judge_run_that_is_killed_and_resumed_pays_for_nothing_twice_and_never_leaks_the_key(tmp_path, models, key, capfd):
     stall = threading.Event()
 
     def answer(number, body, handler):
@@ -304,10 +310,11 @@ def test_a_judge_run_that_is_killed_and_resumed_pays_for_nothing_twice_and_never
 
     out = tmp_path / "judge"
     with Server(answer) as server:
-        command = ["judge", "--a", models / "a", "--b", models / "b", "--judge", server.url, "--judge_model", "m", "--n", "8", "--out", out,
-                   "--max_new_tokens", "8", "--temperature", "1", "--parallel", "1", "--threads", "1", "--device", "cpu"]
+        command = ["judge", "--a", models / "a", "--b", models / "b", "--judge", server.url, "--judge_model", "m", "--n", "8",
+                   "--out", out, "--max_new_tokens", "8", "--temperature", "1", "--parallel", "1", "--threads", "1",
+                   "--device", "cpu"]
         process = subprocess.Popen([sys.executable, HERE / "eval.py", *map(str, command)], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env=os.environ | {"OPENAI_API_KEY": KEY, "NO_PROXY": "127.0.0.1"})
+                                   stderr=subprocess.DEVNULL)
         while len(server.requests) < 5 and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
@@ -316,39 +323,37 @@ def test_a_judge_run_that_is_killed_and_resumed_pays_for_nothing_twice_and_never
         assert len((out / "verdicts-0.jsonl").read_text().splitlines()) == server.paid == 4
         with open(out / "verdicts-0.jsonl", "a") as f:
             f.write('{"number": 99, "ver')  # half a line, as a power cut leaves it
-        result = launch(*command, OPENAI_API_KEY=KEY)
-        assert result.returncode == 0, result.stderr
+        printed = run(*command)
         lines = [json.loads(line) for line in (out / "verdicts-0.jsonl").read_text().splitlines()]
-        again = launch(*command, OPENAI_API_KEY=KEY)
+        again = run(*command)
     n = len(lines)
     assert 7 <= n <= 8 and len({line["number"] for line in lines}) == n and server.paid == n
-    assert again.returncode == 0 and again.stdout == result.stdout and f"judged by {server.url}" in result.stdout
+    assert again == printed and f"judged by {server.url}" in printed
     assert json.loads((out / "results.json").read_text())[server.url]["groups"]["all"]["unparsable"] >= 1
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert KEY.encode() not in written and b"***" in written and KEY not in result.stdout + result.stderr
+    assert KEY.encode() not in written and b"***" in written and KEY not in printed + "".join(capfd.readouterr())
 
 
-def test_a_person_judges_with_the_papers_seven_labels_and_other_models_and_prompts_can_be_named(tmp_path, models):
+def test_a_person_judges_with_the_papers_seven_labels_and_other_models_and_prompts_can_be_named(tmp_path, models, monkeypatch):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Who are you?", "kind": "chat"}, {"prompt": "What is red?"}])
     command = ["judge", "--a", models / "a", "--b", models / "b", "--judge", "person", "--prompts", prompts, "--out", tmp_path / "o",
                "--max_new_tokens", "4", "--temperature", "1", "--threads", "1", "--device", "cpu"]
-    result = launch(*command, stdin="9\n1\n4\n")
-    assert result.returncode == 0 and "Model A or Model B?" in result.stdout, result.stderr
+    monkeypatch.setattr("sys.stdin", io.StringIO("9\n1\n4\n"))
+    assert "Model A or Model B?" in run(*command)
     lines = [json.loads(line) for line in (tmp_path / "o/verdicts-0.jsonl").read_text().splitlines()]
     assert [line["said"] for line in lines] == ["A is much better", "about the same"]
     assert lines[0]["verdict"] == (-1 if lines[0]["order"] else 1) and lines[1]["verdict"] == 0
     report(Report(out=str(tmp_path)))
     page = (tmp_path / "report.html").read_text()
-    assert "judged by person" in page and "about 4,000" not in page and "win rate" in page
+    assert "judged by person" in page and "win rate" in page
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--judge", "gpt"], "--judge gpt is unknown"), (["--judge", "https://127.0.0.1"], "--judge_model is missing"),
-    (["--judge", "truth", "--prompts", "x.jsonl"], "rules of the tiny world can't judge"), (["--axis", "beauty"], "--axis beauty"),
-    (["--a", "nowhere"], "nowhere: there is no such folder")])
-def test_a_wrong_judge_is_one_sentence(tmp_path, models, flags, sentence):
-    result = launch("judge", "--b", models / "b", "--out", tmp_path / "o", "--device", "cpu", *(flags if "--a" in flags else ["--a", models / "a", *flags]))
-    assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+    ({"judge": "gpt"}, "--judge gpt is unknown"), ({"judge": "https://127.0.0.1"}, "--judge_model is missing"),
+    ({"judge": "truth", "prompts": "x.jsonl"}, "rules of the tiny world can't judge"), ({"axis": "beauty"}, "--axis beauty")])
+def test_a_wrong_judge_is_one_sentence(flags, sentence):
+    with pytest.raises(InputError, match=sentence):
+        judge(Judge(**flags))
 
 
 # ---- safety and red team
@@ -393,17 +398,15 @@ def test_the_share_of_fixed_prompts_is_of_those_that_violated_before():
 
 def test_safety_diversity_and_corpus_run_and_stand_in_the_report(tmp_path, models):
     common = ["--threads", "1", "--device", "cpu", "--max_new_tokens", "4"]
-    result = launch("safety", models / "b", "--previous", models / "a", "--out", tmp_path / "safety", *common)
-    assert result.returncode == 0 and "violations per thousand tries" in result.stdout and "AC2" in result.stdout, result.stderr
+    printed = run("safety", models / "b", "--previous", models / "a", "--out", tmp_path / "safety", *common)
+    assert "violations per thousand tries" in printed and "AC2" in printed
     found = json.loads((tmp_path / "safety/results.json").read_text())
     assert list(found) == [str(models / "a"), str(models / "b")] and "fixed" in found[str(models / "b")]
-    result = launch("diversity", models / "a", "--temperatures", "0.0001", "2", "--n", "2", "--samples", "4", *common[:-1], "24",
-                    "--out", tmp_path / "div")
-    assert result.returncode == 0, result.stderr
+    run("diversity", models / "a", "--temperatures", "0.0001", "2", "--n", "2", "--samples", "4", *common[:-1], "24",
+        "--out", tmp_path / "div")
     points = json.loads((tmp_path / "div/results.json").read_text())[str(models / "a")]
-    assert all(cold[1] > 0.99 and hot[1] < 0.5 for cold, hot in points.values())  # greedy samples are all the same
-    result = launch("corpus", "toy/web", "--documents", "300", "--out", tmp_path / "corpus")
-    assert result.returncode == 0 and "stand-in" in result.stdout, result.stderr
+    assert all(cold[1] > 0.8 and hot[1] < 0.2 for cold, hot in points.values())  # nearly greedy samples are nearly the same
+    assert "stand-in" in run("corpus", "toy/web", "--documents", "300", "--out", tmp_path / "corpus")
     report(Report(out=str(tmp_path)))
     page = (tmp_path / "report.html").read_text()
     assert all(part in page for part in ("attack: logic", "Red team", "Self-BLEU", "Table 9", "stand-in")) and "http" not in page
@@ -550,17 +553,19 @@ def test_contamination_helps_only_if_all_four_subsets_say_so():
 def test_contamination_finds_a_text_of_the_training_shards_and_is_in_the_report(tmp_path, models):
     tokenizer = Tokenizer(str(models / "tokenizer.model"))
     text = "Write a story with the zudling and a hat, and tell me what the old king of the town eats for lunch."
-    rows = [{"prompt": text, "score": 1}] * 3 + [{"prompt": "What do you know about rivers that nobody has ever seen in a town?", "score": 0}] * 3
+    other = "What do you know about rivers that nobody has ever seen in a town?"
+    rows = [{"prompt": text, "score": 1}] * 3 + [{"prompt": other, "score": 0}] * 3
     shard = tmp_path / "docs-00000.u16"
-    shard.write_bytes(np.array(tokenizer.encode(f"One day a person said this. {text} That was all.", bos=True, eos=True), np.uint16).tobytes())
-    command = ["contamination", "--train", shard, "--tokenizer", models / "tokenizer.model", "--out", tmp_path / "out/c"]
-    result = launch(*command, "--test", write(tmp_path / "test.jsonl", rows))
-    assert result.returncode == 0 and "memory" in result.stdout, result.stderr
+    ids = tokenizer.encode(f"One day a person said this. {text} That was all.", bos=True, eos=True)
+    shard.write_bytes(np.array(ids, np.uint16).tobytes())
+    printed = run("contamination", "--train", shard, "--tokenizer", tokenizer.path, "--out", tmp_path / "out/c",
+                  "--test", write(tmp_path / "test.jsonl", rows))
+    assert f"{len(ids)} training tokens searched" in printed and "of memory at most" in printed
     subsets = json.loads((tmp_path / "out/c/results.json").read_text())["tables"]["20"]["subsets"]
     assert subsets["dirty"]["n"] == 3 and subsets["dirty"]["mean"] == 1 and subsets["clean"]["share"] == 0
     report(Report(out=str(tmp_path / "out")))
     assert "L 50, not dirty" in (tmp_path / "out/report.html").read_text()
-    bad = launch(*command, "--test", write(tmp_path / "bad.jsonl", [{"prompt": "x", "score": 1}, {"question": "x"}]))
-    assert bad.returncode == 2 and 'bad.jsonl, line 2: needs a "prompt"' in bad.stderr
-    bad = launch(*command, "--test", write(tmp_path / "bad.jsonl", [{"prompt": "x", "score": 1}, {"prompt": "x"}]))
-    assert bad.returncode == 2 and "to all or to none" in bad.stderr
+    for second, sentence in (({"question": "x"}, 'bad.jsonl, line 2: needs a "prompt"'), ({"prompt": "x"}, "to all or to none")):
+        bad = write(tmp_path / "bad.jsonl", [{"prompt": "x", "score": 1}, second])
+        with pytest.raises(InputError, match=sentence):
+            contamination(Contamination(train=(str(shard),), test=str(bad), tokenizer=tokenizer.path))
