@@ -1017,7 +1017,7 @@ def contamination(settings: Contamination) -> None:
     began, (found, scores) = time.perf_counter(), read_samples(settings)
     samples = index_samples(found)
     longest = longest_matches(samples, tqdm(files, desc="searching", unit=" shards"), settings.chunk)
-    seconds, size = time.perf_counter() - began, sum(file.stat().st_size // int(file.suffix[2:]) * 8 for file in files)
+    seconds, size = time.perf_counter() - began, sum(8 * file.stat().st_size // int(file.suffix[2:]) for file in files)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
     print(f"{len(samples.ends):,} samples of {len(samples.tokens):,} tokens, {size:,} training tokens searched in "
           f"{seconds:.1f} s ({size / seconds / 1e6:.1f}M a second), {peak:.2f} GiB of memory at most")

@@ -1,7 +1,6 @@
 """Judges, agreement, safety and red team, diversity, corpus statistics and contamination."""
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -17,10 +16,10 @@ import pytest
 import torch
 
 import toy
-from eval import (COMMANDS, JUDGE_PROMPT, Contamination, Judge, Question, Report, bleu, contaminated, contamination, contamination_table, corpus_figures, fixed, groups_of,
-                  gwet_ac, index_samples, judge, judge_by_reward, judge_by_truth, judge_by_url, longest_matches, majority, measure_safety,
-                  questions, rate_safety, read_verdict, report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts,
-                  win_table)
+from eval import (COMMANDS, JUDGE_PROMPT, Contamination, Judge, Question, Report, bleu, contaminated, contamination,
+                  contamination_table, corpus_figures, fixed, groups_of, gwet_ac, index_samples, judge, judge_by_reward,
+                  judge_by_truth, judge_by_url, longest_matches, majority, measure_safety, questions, rate_safety, read_verdict,
+                  report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts, win_table)
 from model import ModelConfig, Transformer
 from pretrain import InputError, command_line, cpu_group, save_model
 from reward import RewardModel
@@ -81,7 +80,7 @@ def test_the_majority_of_three_rules_and_without_one_the_median():
 def question(number=0, order=0, first="The answer is 3.", second="It is 4.", prompt=None):
     prompt = prompt or {"prompt": "How much is 1 + 2?", "kind": "sum", "slots": [1, 2], "unsafe": False}
     messages = [{"role": "user", "content": prompt["prompt"]}]
-    return Question(number, order, prompt | {"messages": messages}, {"text": first, "ids": [5, 6, 2]}, {"text": second, "ids": [7, 2]})
+    return Question(number, order, prompt | {"messages": messages}, {"text": first, "ids": []}, {"text": second, "ids": []})
 
 
 def swapped(one):
@@ -229,7 +228,7 @@ def test_the_endpoint_gets_the_published_prompt_and_a_swap_mirrors_its_verdict(t
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}" and body["model"] == "m"
     assert body["messages"][0]["content"] == JUDGE_PROMPT.format(quality="helpful", query="How much is 1 + 2?", first="short",
                                                                  second="a longer answer")
-    assert body["messages"][0]["content"].endswith('Comparison: <one-sentence comparison and explanation>\nMore helpful: <"A" or "B">')
+    assert body["messages"][0]["content"].endswith('\nComparison: <one-sentence comparison and explanation>\nMore helpful: <"A" or "B">')
 
 
 def test_a_server_that_fails_is_asked_again_after_longer_and_longer_waits(tmp_path, key):
