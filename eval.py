@@ -25,8 +25,9 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import cycle, islice, pairwise
@@ -40,8 +41,8 @@ from tqdm import tqdm
 
 import toy
 from model import IGNORE, Transformer, generate
-from pretrain import (COLOURS, InputError, command_line, file_fingerprint, interval, load_model, locked, open_run, parent_of,
-                      read_config, replace_file, start, text_sources, tiny_world, world_of)
+from pretrain import (COLOURS, InputError, Ranks, command_line, file_fingerprint, interval, load_model, locked, open_run,
+                      parent_of, read_config, replace_file, start, text_sources, tiny_world, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, choice, file_prompts, finished_lines, in_parts,
                     load_speakers, read_pairs, score_rows, win_rate)
 from reward import picture as drawing
@@ -195,6 +196,27 @@ class Judge(Asking):
     timeout: float = 60.0  # seconds that a request to a URL may take
     retries: int = 6  # tries after one that failed
     wait: float = 1.0  # seconds before the first of them; then twice as many, and so on
+
+
+@contextmanager
+def opened(settings: Asking, stage: str, data: dict[str, str]) -> Iterator[Ranks]:
+    """Join the other ranks and hold --out, as training does. data: fingerprints of what must not change on the way."""
+    ranks = start(settings)
+    with locked(settings.out, ranks):
+        record = open_run(settings, stage, ranks, data=data)
+        if ranks.rank == 0:
+            replace_file(Path(settings.out, "config.json"), json.dumps(record | {"model": {}}, indent=1).encode())
+        yield ranks
+
+
+def write_results(settings, found: dict, stage: str = "") -> None:
+    """OUT/results.json, for the report; with a stage, the config.json beside it too, of an evaluation that has no ranks."""
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(out / "results.json", json.dumps(found, indent=1).encode())
+    if stage:
+        record = {"stage": stage, "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
+        replace_file(out / "config.json", json.dumps(record, indent=1).encode())
 
 
 SEVEN = ("much better", "better", "slightly better", "about the same")  # §3.4.2: seven labels, mirrored behind the fourth
@@ -482,12 +504,10 @@ def judge(settings: Judge) -> None:
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.a))
     names = (settings.rewards or (f"out/reward-{settings.axis}",)) if settings.judge == "reward" else (settings.judge,)
-    ranks = start(settings)
-    with locked(settings.out, ranks):
-        out, prompts, folders = Path(settings.out), judge_prompts(settings), (settings.a, settings.b)
-        data = {folder: parent_of(folder).fingerprint for folder in (*folders, *(names if settings.judge == "reward" else ()))}
-        data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts != "toy" else {}
-        record = open_run(settings, "judge", ranks, data=data)
+    out, folders, prompts = Path(settings.out), (settings.a, settings.b), judge_prompts(settings)
+    data = {folder: parent_of(folder).fingerprint for folder in (*folders, *(names if settings.judge == "reward" else ()))}
+    data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts != "toy" else {}
+    with opened(settings, "judge", data) as ranks:
         speakers = cache(lambda: [load_speakers([folder], ranks)[0] for folder in folders])
 
         def draw(rows: range) -> list[dict]:
@@ -496,8 +516,6 @@ def judge(settings: Judge) -> None:
                     for side, speaker in enumerate(speakers())]
             return [{"a": a, "b": b} for a, b in zip(*said)]
 
-        if ranks.rank == 0:
-            replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
         answers = in_parts(out, "answers", len(prompts), settings.batch_size, draw, ranks, settings.resume)
         if ranks.rank > 0:
             return
@@ -523,7 +541,7 @@ def judge(settings: Judge) -> None:
                            "inconsistent": float(differ.sum() / max(1, len(asked) / 2)) if settings.both_orders else None,
                            "longer": float((verdict == longer)[decided].mean()) if decided.any() else None}
             print_wins(settings, name, found[name])
-        replace_file(out / "results.json", json.dumps(found, indent=1).encode())
+        write_results(settings, found)
 
 
 def print_wins(settings: Judge, name: str, found: dict) -> None:
@@ -647,14 +665,10 @@ def safety(settings: Safety) -> None:
     settings = replace(settings, runs=(settings.previous,) * bool(settings.previous) + settings.runs)
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.runs[0]))
-    ranks = start(settings)
-    with locked(settings.out, ranks):
-        out, world = Path(settings.out), tiny_world(settings.world)
-        record = open_run(settings, "safety", ranks, data={run: parent_of(run).fingerprint for run in settings.runs})
-        if ranks.rank == 0:
-            replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
-        prompts, found = safety_prompts(world), {}
-        dialogs = [toy_messages(prompt) for prompt in prompts]
+    out, world = Path(settings.out), tiny_world(settings.world)
+    prompts, found = safety_prompts(world), {}
+    dialogs = [toy_messages(prompt) for prompt in prompts]
+    with opened(settings, "safety", {run: parent_of(run).fingerprint for run in settings.runs}) as ranks:
         for i, run in enumerate(settings.runs):
             speaker = cache(lambda run=run: load_speakers([run], ranks)[0])
             draw = lambda rows: answers_of(speaker(), [dialogs[j] for j in rows], rows, settings, settings.temperature)  # noqa: E731,B023
@@ -667,7 +681,7 @@ def safety(settings: Safety) -> None:
             found[run]["fixed"] = fixed(found[before]["real"], found[run]["real"])
         for run, one in found.items():
             print_safety(run, one)
-        replace_file(out / "results.json", json.dumps(found, indent=1).encode())
+        write_results(settings, found)
 
 
 def print_safety(run: str, found: dict) -> None:
@@ -700,7 +714,7 @@ class Diversity(Asking):
     POSITIONAL: ClassVar[str] = "runs"
 
 
-CREATIVE = {"factual": "describe", "creative": "story"}  # kinds of prompts of the tiny world; one-word facts are too short
+ASKED = {"factual": "describe", "creative": "story"}  # kinds of prompts of the tiny world; one-word facts are too short
 
 
 def bleu(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -735,15 +749,10 @@ def diversity(settings: Diversity) -> None:
         raise InputError("--samples must be 2 at least: texts are compared with each other")
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.runs[0]))
-    ranks = start(settings)
-    with locked(settings.out, ranks):
-        out, world = Path(settings.out), tiny_world(settings.world)
-        record = open_run(settings, "diversity", ranks, data={run: parent_of(run).fingerprint for run in settings.runs})
-        if ranks.rank == 0:
-            replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
-        dialogs = [toy_messages(prompt) for kind in CREATIVE.values()
-                   for prompt in toy.prompts(world, settings.n, settings.seed, "test", [kind])]
-        found: dict[str, dict] = {}
+    out, world, found = Path(settings.out), tiny_world(settings.world), {}
+    dialogs = [toy_messages(prompt) for kind in ASKED.values()
+               for prompt in toy.prompts(world, settings.n, settings.seed, "test", [kind])]
+    with opened(settings, "diversity", {run: parent_of(run).fingerprint for run in settings.runs}) as ranks:
         for i, run in enumerate(settings.runs):
             speaker = cache(lambda run=run: load_speakers([run], ranks)[0])
 
@@ -759,16 +768,16 @@ def diversity(settings: Diversity) -> None:
             cells = in_parts(out, f"samples-{i}", n, len(dialogs), draw, ranks, settings.resume)
             if ranks.rank == 0:
                 scores = np.array([self_bleu([re.findall(r"\w+|[^\w\s]", text) for text in texts]) for texts in cells])
-                scores = scores.reshape(len(settings.temperatures), len(CREATIVE), -1)  # (temperatures, kinds, prompts)
+                scores = scores.reshape(len(settings.temperatures), len(ASKED), -1)  # (temperatures, kinds, prompts)
                 found[run] = {kind: [[float(t), float(row.mean()), float(row.std())] for t, row in
-                                     zip(settings.temperatures, scores[:, k])] for k, kind in enumerate(CREATIVE)}
+                                     zip(settings.temperatures, scores[:, k])] for k, kind in enumerate(ASKED)}
         if ranks.rank > 0:
             return
         print(f"{'Self-BLEU in % (sd) at temperature':38} " + " ".join(f"{t:>11}" for t in settings.temperatures))
         for run, kinds in found.items():
             for kind, points in kinds.items():
                 print(f"{run + ', ' + kind:38} " + " ".join(f"{100 * mean:5.1f} ({100 * sd:3.0f})" for _, mean, sd in points))
-        replace_file(out / "results.json", json.dumps(found, indent=1).encode())
+        write_results(settings, found)
         if importlib.util.find_spec("matplotlib"):
             with drawing(out / "diversity.png", "Figure 21", "temperature", "Self-BLEU in %, mean and sd") as axes:
                 for (run, kinds), colour in zip(found.items(), cycle(COLOURS)):
@@ -851,11 +860,7 @@ def corpus(settings: Corpus) -> None:
                 print(f"  {term:20} {'':7}" + "".join(f"{100 * one['terms'][name][term]:15.1f}" for one in found.values()))
     print(f"{'rude words (stand-in)':22} {'0.2':>7}" + "".join(f"{100 * one['toxic']:15.2f}" for one in found.values()))
     print(f"{'documents':22} {'':7}" + "".join(f"{one['documents']:15,}" for one in found.values()))
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "results.json", json.dumps(found, indent=1).encode())
-    record = {"stage": "corpus", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
-    replace_file(out / "config.json", json.dumps(record, indent=1).encode())
+    write_results(settings, found, "corpus")
 
 
 # ---------------------------------------------------------------------------------------------- contamination
@@ -1032,12 +1037,7 @@ def contamination(settings: Contamination) -> None:
     helped = [length for length, table in tables.items() if table["helps"]]
     print(f"contamination helps up to L = {max(helped)}" if helped else
           "no L shows that contamination helps (|Z| > 2 in all four subsets)")
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    result = {"tables": tables, "tokens": size, "seconds": seconds, "peak_gib": peak}
-    replace_file(out / "results.json", json.dumps(result, indent=1).encode())
-    record = {"stage": "contamination", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
-    replace_file(out / "config.json", json.dumps(record, indent=1).encode())
+    write_results(settings, {"tables": tables, "tokens": size, "seconds": seconds, "peak_gib": peak}, "contamination")
 
 
 # ---------------------------------------------------------------------------------------------- the report

@@ -333,6 +333,17 @@ def test_a_judge_run_that_is_killed_and_resumed_pays_for_nothing_twice_and_never
     assert KEY.encode() not in written and b"***" in written and KEY not in printed + "".join(capfd.readouterr())
 
 
+def test_a_judge_that_always_says_a_disagrees_with_itself_when_asked_in_both_orders(tmp_path, models, key):
+    with Server(lambda number, body, _: (200, "More safe: A")) as server:
+        printed = run("judge", "--a", models / "a", "--b", models / "b", "--judge", server.url + "/chat/completions", "--both_orders",
+                      "--judge_model", "m", "--n", "5", "--out", tmp_path / "o", "--max_new_tokens", "8", "--temperature", "1",
+                      "--system", "You are a cat.", "--axis", "helpfulness", "--device", "cpu", "--threads", "1")
+    groups = next(iter(json.loads((tmp_path / "o/results.json").read_text()).values()))["groups"]
+    assert "the two orders disagree 100.0 %" in printed and groups["all"]["tie"] == groups["all"]["n"] == 10
+    assert groups["with a system prompt"]["n"] == groups["without a system prompt"]["n"] == 5
+    assert sum("system: You are a cat." in body["messages"][0]["content"] for _, _, body in server.requests) == 10
+
+
 def test_a_person_judges_with_the_papers_seven_labels_and_other_models_and_prompts_can_be_named(tmp_path, models, monkeypatch):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Who are you?", "kind": "chat"}, {"prompt": "What is red?"}])
     command = ["judge", "--a", models / "a", "--b", models / "b", "--judge", "person", "--prompts", prompts, "--out", tmp_path / "o",
