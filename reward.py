@@ -802,9 +802,9 @@ def file_prompts(file: str) -> list[dict]:
     found = []
     for place, record in read_rows(file):
         try:
-            if not isinstance(record, dict) or dialog_turns(toy_messages(record))[-1][1] is not None:
+            if not isinstance(record, dict) or "prompt" not in record or dialog_turns(toy_messages(record))[-1][1] is not None:
                 raise InputError('needs a "prompt", a text or messages of which the user has the last')
-        except (KeyError, TokenizerError, InputError) as error:
+        except (TokenizerError, InputError) as error:
             raise InputError(f"{place}: {error}") from None
         found.append(record)
     return found
