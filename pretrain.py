@@ -158,7 +158,7 @@ def parse(cls: type, argv: list[str] | None = None):
     settings = cls(**values)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
                  "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens",
-                 "n", "samples", "parallel", "timeout", "documents", "chunk"):
+                 "n_prompts", "samples", "parallel", "timeout", "documents", "chunk"):
         value = getattr(settings, name, None)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be a number above 0, not {value}")
@@ -366,7 +366,9 @@ def spool_stdin(settings, ranks: Ranks) -> str:
 
 
 def file_fingerprint(file: str) -> str:
-    """A hash of a file's size and of its first and last megabyte: enough to notice another file."""
+    """A hash of a file's size and of its first and last megabyte: enough to notice another file. InputError if there is none."""
+    if not os.path.isfile(file):
+        raise InputError(f"{file}: there is no such file")
     size = os.path.getsize(file)
     with open(file, "rb") as f:
         head = f.read(2**20)

@@ -309,7 +309,7 @@ def test_a_judge_run_that_is_killed_and_resumed_pays_for_nothing_twice_and_never
 
     out = tmp_path / "judge"
     with Server(answer) as server:
-        command = ["judge", "--a", models / "a", "--b", models / "b", "--judge", server.url, "--judge_model", "m", "--n", "8",
+        command = ["judge", "--a", models / "a", "--b", models / "b", "--judge", server.url, "--judge_model", "m", "--n_prompts", "8",
                    "--out", out, "--max_new_tokens", "8", "--temperature", "1", "--parallel", "1", "--threads", "1",
                    "--device", "cpu"]
         process = subprocess.Popen([sys.executable, HERE / "eval.py", *map(str, command)], stdout=subprocess.DEVNULL,
@@ -336,7 +336,7 @@ def test_a_judge_run_that_is_killed_and_resumed_pays_for_nothing_twice_and_never
 def test_a_judge_that_always_says_a_disagrees_with_itself_when_asked_in_both_orders(tmp_path, models, key):
     with Server(lambda number, body, _: (200, "More safe: A")) as server:
         printed = run("judge", "--a", models / "a", "--b", models / "b", "--judge", server.url + "/chat/completions", "--both_orders",
-                      "--judge_model", "m", "--n", "5", "--out", tmp_path / "o", "--max_new_tokens", "8", "--temperature", "1",
+                      "--judge_model", "m", "--n_prompts", "5", "--out", tmp_path / "o", "--max_new_tokens", "8", "--temperature", "1",
                       "--system", "You are a cat.", "--axis", "helpfulness", "--device", "cpu", "--threads", "1")
     groups = next(iter(json.loads((tmp_path / "o/results.json").read_text()).values()))["groups"]
     assert "the two orders disagree 100.0 %" in printed and groups["all"]["tie"] == groups["all"]["n"] == 10
@@ -412,7 +412,7 @@ def test_safety_diversity_and_corpus_run_and_stand_in_the_report(tmp_path, model
     assert "violations per thousand tries" in printed and "AC2" in printed
     found = json.loads((tmp_path / "safety/results.json").read_text())
     assert list(found) == [str(models / "a"), str(models / "b")] and "fixed" in found[str(models / "b")]
-    run("diversity", models / "a", "--temperatures", "0.0001", "2", "--n", "2", "--samples", "4", *common[:-1], "24",
+    run("diversity", models / "a", "--temperatures", "0.0001", "2", "--n_prompts", "2", "--samples", "4", *common[:-1], "24",
         "--out", tmp_path / "div")
     points = json.loads((tmp_path / "div/results.json").read_text())[str(models / "a")]
     assert all(cold[1] > 0.8 and hot[1] < 0.2 for cold, hot in points.values())  # nearly greedy samples are nearly the same
