@@ -7,7 +7,7 @@
     python eval.py safety out/sft                           # violations, refusals, every attack (red team)
     python eval.py diversity out/sft                        # Self-BLEU against temperature
     python eval.py corpus toy/web docs                      # pronouns, identity terms, rude words
-    python eval.py contamination --test samples.jsonl       # which test samples were in the training tokens?
+    python eval.py contamination --test samples.jsonl       # which test samples were among the training tokens?
     python eval.py report                                   # out/report.html, one file, no network
 """
 import base64
@@ -860,6 +860,8 @@ def diversity(settings: Diversity) -> None:
     """Print Self-BLEU in percent by version, kind of prompt and temperature, and draw Figure 21."""
     if settings.samples < 2:
         raise InputError("--samples must be 2 at least: texts are compared with each other")
+    if not all(re.fullmatch(r"\d+\.?\d*|\.\d+", temperature) for temperature in settings.temperatures):
+        raise InputError(f"--temperatures {' '.join(settings.temperatures)}: take numbers such as 0.7")
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.runs[0]))
     out, world, found = Path(settings.out), tiny_world(settings.world), {}
@@ -984,6 +986,7 @@ class Contamination:
     """Find test samples in the training tokens, and say whether they are answered better for it (A.6, Table 51)."""
     train: tuple[str, ...] = ("out/pretrain/data/*/*-[0-9]*.u16",)  # token shards of pretrain.py, .u16 or .u32
     test: str = ""  # .jsonl of {"prompt": text, or "tokens": ids, "score": number}: whole prompts, and how a model did on each
+    metric: str = "score"  # name of that number
     tokenizer: str = "out/pretrain/tokenizer.model"  # the one that made the shards
     lengths: tuple[str, ...] = ("10", "20", "30", "40", "50")  # shortest match that counts, in tokens, L | 10 … 50
     chunk: int = 2**22  # training tokens in memory at once
@@ -1075,7 +1078,7 @@ def longest_matches(samples: Samples, shards: Iterable[Path], chunk: int = 2**22
 
 
 def contaminated(samples: Samples, longest: np.ndarray, length: int) -> np.ndarray:
-    """The share of each sample's tokens that lie in a match of `length` tokens at least: (samples,)."""
+    """The share of each sample's tokens that lie in a match of `length` tokens at least, differing ones too (our choice)."""
     counts = longest * (longest >= length)
     change = np.bincount(np.flatnonzero(counts), minlength=len(counts) + 1)
     change = change - np.bincount(np.flatnonzero(counts) + counts[counts > 0], minlength=len(counts) + 1)
@@ -1108,19 +1111,23 @@ def contamination_table(shares: np.ndarray, scores: np.ndarray | None) -> dict:
 
 
 def read_samples(settings: Contamination) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """The ids of the test samples, and their scores if they have any."""
+    """The ids of the test samples, and their scores if they have any. A prompt that is a list of texts is read as its lines."""
     samples, scores, tokenizer = [], [], cache(lambda: Tokenizer(settings.tokenizer))
     for place, row in read_rows(settings.test):
         tokens = row.get("tokens") if isinstance(row, dict) else None
         if tokens is None:
-            text = row.get("prompt", row.get("text")) if isinstance(row, dict) else None
+            text = row.get("prompt") if isinstance(row, dict) else None
+            text = "\n".join(map(str, text)) if isinstance(text, list) else text
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f'{place}: needs a "prompt", the whole text that a model is asked, or its "tokens"')
             tokens = tokenizer().encode(text, bos=False, eos=False)
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, int) and token >= 0 for token in tokens):
+            raise InputError(f'{place}: "tokens" must be a list of ids, not empty')
         samples.append(np.array(tokens, np.int64))
-        scores.append(row.get("score"))
+        scores.append(row.get(settings.metric))
     if any(score is not None for score in scores) and not all(isinstance(score, (int, float)) for score in scores):
-        raise InputError(f'{settings.test}: some samples have a "score", a number, and some have not; give it to all or to none')
+        raise InputError(f'{settings.test}: some samples have a number "{settings.metric}" and some have not; give it to all or '
+                         "to none, or name another --metric")
     return samples, np.array(scores, float) if scores and scores[0] is not None else None
 
 
@@ -1132,6 +1139,8 @@ def contamination(settings: Contamination) -> None:
                          "in OUT/data/*/NAME-*.u16")
     if not Path(settings.test).is_file():
         raise InputError(f"--test {settings.test}: there is no such file; name a .jsonl of samples")
+    if not all(length.isdigit() and int(length) >= SEED for length in settings.lengths):
+        raise InputError(f"--lengths {' '.join(settings.lengths)}: a match has {SEED} tokens at least, so take numbers from {SEED} on")
     began, (found, scores) = time.perf_counter(), read_samples(settings)
     samples = index_samples(found)
     longest = longest_matches(samples, tqdm(files, desc="searching", unit=" shards"), settings.chunk)

@@ -564,18 +564,22 @@ def test_contamination_finds_a_text_of_the_training_shards_and_is_in_the_report(
     tokenizer = Tokenizer(str(models / "tokenizer.model"))
     text = "Write a story with the zudling and a hat, and tell me what the old king of the town eats for lunch."
     other = "What do you know about rivers that nobody has ever seen in a town?"
-    rows = [{"prompt": text, "score": 1}] * 3 + [{"prompt": other, "score": 0}] * 3
+    rows = [{"prompt": text, "acc": 1}] * 3 + [{"prompt": [other, other], "acc": 0}] * 3
     shard = tmp_path / "docs-00000.u16"
     ids = tokenizer.encode(f"One day a person said this. {text} That was all.", bos=True, eos=True)
     shard.write_bytes(np.array(ids, np.uint16).tobytes())
     printed = run("contamination", "--train", shard, "--tokenizer", tokenizer.path, "--out", tmp_path / "out/c",
-                  "--test", write(tmp_path / "test.jsonl", rows))
+                  "--test", write(tmp_path / "test.jsonl", rows), "--metric", "acc")
     assert f"{len(ids)} training tokens searched" in printed and "of memory at most" in printed
     subsets = json.loads((tmp_path / "out/c/results.json").read_text())["tables"]["20"]["subsets"]
     assert subsets["dirty"]["n"] == 3 and subsets["dirty"]["mean"] == 1 and subsets["clean"]["share"] == 0
     report(Report(out=str(tmp_path / "out")))
     assert "L 50, not dirty" in (tmp_path / "out/report.html").read_text()
-    for second, sentence in (({"question": "x"}, 'bad.jsonl, line 2: needs a "prompt"'), ({"prompt": "x"}, "to all or to none")):
+    for second, sentence in (({"question": "x"}, 'bad.jsonl, line 2: needs a "prompt"'), ({"prompt": "x"}, "to all or to none"),
+                             ({"tokens": []}, 'line 2: "tokens" must be a list of ids'), ({"tokens": [1, "a"]}, "must be a list")):
         bad = write(tmp_path / "bad.jsonl", [{"prompt": "x", "score": 1}, second])
         with pytest.raises(InputError, match=sentence):
             contamination(Contamination(train=(str(shard),), test=str(bad), tokenizer=tokenizer.path))
+    for more, sentence in ((dict(lengths=("5",)), "10 tokens at least"), (dict(train=(str(bad),)), "name token shards")):
+        with pytest.raises(InputError, match=sentence):
+            contamination(Contamination(**{"train": (str(shard),), "test": str(bad)} | more))
