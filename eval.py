@@ -1140,7 +1140,7 @@ def contamination(settings: Contamination) -> None:
     if not Path(settings.test).is_file():
         raise InputError(f"--test {settings.test}: there is no such file; name a .jsonl of samples")
     if not all(length.isdigit() and int(length) >= SEED for length in settings.lengths):
-        raise InputError(f"--lengths {' '.join(settings.lengths)}: a match has {SEED} tokens at least, so take numbers from {SEED} on")
+        raise InputError(f"--lengths {' '.join(settings.lengths)}: a match has {SEED} tokens at least; take such numbers")
     began, (found, scores) = time.perf_counter(), read_samples(settings)
     samples = index_samples(found)
     longest = longest_matches(samples, tqdm(files, desc="searching", unit=" shards"), settings.chunk)
