@@ -17,7 +17,7 @@ import torch
 
 import toy
 from eval import (COMMANDS, JUDGE_PROMPT, Contamination, Judge, Question, Report, bleu, contaminated, contamination,
-                  contamination_table, corpus_figures, fixed, groups_of, gwet_ac, index_samples, judge, judge_by_reward,
+                  contamination_table, corpus_figures, fingerprints, fixed, groups_of, gwet_ac, index_samples, judge, judge_by_reward,
                   judge_by_truth, judge_by_url, longest_matches, majority, measure_safety, questions, rate_safety, read_verdict,
                   report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts, win_table)
 from model import ModelConfig, Transformer
@@ -523,6 +523,24 @@ def test_a_trailing_mismatch_does_not_count_nor_one_in_the_first_ten(tmp_path):
     assert search([sample], planted(1, at=[9]), folder=tmp_path)(10) == [20 / 30]  # a match begins behind it
     assert search([sample], planted(2, at=[9, 19]), folder=tmp_path)(10) == [10 / 30]
     assert search([sample[:9]], planted(0), folder=tmp_path)(10) == [0.0]
+
+
+def test_a_match_at_the_very_start_of_a_shard_is_found_though_its_end_repeats_the_token_before(tmp_path):
+    sample = list(range(100, 130))
+    assert search([sample], sample[5:] + [sample[4]], folder=tmp_path)(10) == [25 / 30]
+
+
+def test_two_beginnings_that_share_a_hash_are_told_apart(tmp_path):
+    multiplier, a, b, rest, last = 0x9E3779B97F4A7C15, 0, 1, 2**64, 0x9E3779B97F4A7C15
+    while last >= 2**32:  # Euclid: b · multiplier = last (mod 2^64) all the time
+        q = rest // last
+        a, b, rest, last = b, a - q * b, last, rest - q * last
+    assert b * multiplier % 2**64 == last and abs(b) < 2**32
+    mine, other = [max(0, -b), last], [max(0, b), 0]
+    same = list(range(8)), list(range(50, 70))
+    sample, corpus = (same[0] + middle + same[1] for middle in (mine, other))
+    assert np.array_equal(fingerprints(np.array(sample))[:1], fingerprints(np.array(corpus))[:1])
+    assert search([sample], corpus, folder=tmp_path, suffix="u32")(10) == [20 / 30]  # the tail alone
 
 
 def test_the_size_of_a_chunk_and_the_cut_into_shards_change_nothing_within_a_shard(tmp_path):
