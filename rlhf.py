@@ -3,6 +3,7 @@
     python rlhf.py --version 1                    # rejection sampling from out/sft; out/rlhf-v1
     python rlhf.py ppo --version 2                # PPO from out/rlhf-v2; out/rlhf-v2-ppo
     python rlhf.py curves out/sft out/rlhf-v1     # Figures 7 and 8: reward against the number of samples
+    python rlhf.py distill                        # safety context distillation (§4.2.4) of out/sft; out/distill
     python rlhf.py --policy llama-2-70b-chat --init llama-2-7b-sft --prompts p.jsonl --data pool chats.jsonl:0.05
 
 A version: the newest model answers each prompt K times, the reward models pick the best answer, and a model is fine-tuned on
@@ -12,7 +13,7 @@ little of these data again; `--init out/pretrain --data toy pool:16` is the lite
 Sampling model and fine-tuned model need not have one size: the paper's smaller models learn from what the 70B sampled (the
 last line above).
 
-Read it in this order: the reward of §3.2.3, best of N, the pool, a version, curves, PPO.
+Read it in this order: the reward of §3.2.3, best of N, the pool, a version, curves, PPO, context distillation.
 """
 import importlib.util
 import json
@@ -32,8 +33,8 @@ import torch
 
 import toy
 from model import generate
-from pretrain import (COLOURS, InputError, Ranks, build, command_line, file_fingerprint, interval, load_model, locked, open_run,
-                      parent_of, replace_file, sources, start, tiny_world, world_of)
+from pretrain import (COLOURS, InputError, Parent, Ranks, build, command_line, file_fingerprint, interval, load_model, locked,
+                      open_run, parent_of, replace_file, sources, start, tiny_world, world_of)
 from reward import (RewardModel, Speaker, file_prompts, in_parts, load_speakers, pair_ids, picture, read_named, safety_labels,
                     score_rows, sigmoid, whiskers)
 from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
@@ -111,6 +112,15 @@ def load_reward(folder: str, settings, ranks: Ranks) -> RewardModel:
     return model.eval().requires_grad_(False)
 
 
+def parents_of(folders: list[str]) -> dict[str, Parent]:
+    """The models of folders by their names; InputError if their tokenizers differ, for the ids of answers go from one to all."""
+    parents = {folder: parent_of(folder) for folder in folders}
+    for folder, parent in parents.items():
+        if Path(parent.tokenizer).read_bytes() != Path(parents[folders[0]].tokenizer).read_bytes():
+            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common")
+    return parents
+
+
 def toy_prompts(world: toy.World, n: int, seed: int, split: str = "train", unsafe: float = 0.25) -> list[dict]:
     """n distinct prompts of the tiny world, of which a share is unsafe, with or without an attack (our choice)."""
     found: dict[str, dict] = {}
@@ -168,8 +178,13 @@ class Judges(NamedTuple):
 
 def load_judges(helpfulness: str, safety: str, ranks: Ranks) -> Judges:
     """The reward models of two folders."""
+    return Judges(*(load_judge(folder, ranks) for folder in (helpfulness, safety)))
+
+
+def load_judge(folder: str, ranks: Ranks) -> RewardModel:
+    """The reward model of a folder, whole, on this rank's device."""
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    return Judges(*(load_model(folder, RewardModel)[0].to(ranks.device, dtype).eval() for folder in (helpfulness, safety)))
+    return load_model(folder, RewardModel)[0].to(ranks.device, dtype).eval()
 
 
 def answer_all(speaker: Speaker, judges: Judges, prompts: list[dict], numbers: range, settings, seed: int,
@@ -254,10 +269,7 @@ def main(settings: Settings) -> None:
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.policy))
     names = [settings.policy, settings.helpfulness, settings.harmlessness]
-    parents = {name: parent_of(name) for name in (settings.init, *names)}
-    for name in (settings.init, *names[1:]):
-        if Path(parents[name].tokenizer).read_bytes() != Path(parents[settings.policy].tokenizer).read_bytes():
-            raise InputError(f"{name} has another tokenizer than {settings.policy}; their answers have no ids in common")
+    parents = parents_of([*names, settings.init])
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
@@ -475,9 +487,219 @@ def count_samples(axes, sizes: list[int]) -> None:
 # ---------------------------------------------------------------------------------------------- PPO
 
 
+# ---------------------------------------------------------------------------------------------- safety context distillation
+
+
+@dataclass(frozen=True)
+class Distill(Tuning):
+    """Safety context distillation (§4.2.4): what a model says to unsafe prompts under a safety preprompt, learned without it."""
+    init: str = "out/sft"  # model to fine-tune
+    policy: str = ""  # chat model that answers, else --init
+    out: str = "out/distill"  # folder of this run; started again, it goes on where it stopped
+    harmlessness: str = "out/reward-safety"  # reward model of safety, the gate
+    gate: bool = True  # learn an answer only if the reward model scores it above the plain one | yes
+    prompts: str = ""  # .jsonl of {"prompt", "unsafe": true, "template": preprompt of its risk category}; else of the tiny world
+    n_prompts: int = 400  # unsafe prompts of the tiny world, with and without an attack
+    generic: tuple[str, ...] = tuple(toy.PREPROMPTS)  # preprompts for every category; a prompt gets one of them | Table 39
+    temperature: float = 0.0  # of the answers; greedy, for a lucky draw would pass the gate as well | not stated
+    max_new_tokens: int = 64  # longest answer; one that is cut off is never learned
+    sample_batch: int = 64  # prompts that are answered together and kept together: the unit of resume
+    data: tuple[str, ...] = REPLAY  # what to fine-tune on: dialogues as in sft.py; `pool`, `pool:4`: the answers that were kept
+    dialogs: int = 16000  # annotated dialogues of the tiny world
+    safety: float = 0.06  # share of unsafe prompts among them
+
+    BY_PRESET: ClassVar[dict[str, dict]] = Settings.BY_PRESET
+
+
+KINDS = ("plain", "generic", "template")  # of answers: without a preprompt, under one for all, under that of the risk category
+
+
+def distill(settings: Distill) -> None:
+    """Answer plainly and under preprompts, score, keep what the gate lets through, fine-tune without the preprompts."""
+    settings = replace(settings, policy=settings.policy or settings.init)
+    if settings.world is None:
+        settings = replace(settings, world=world_of(settings.policy))
+    names = [settings.policy, settings.harmlessness]
+    parents = parents_of([*names, settings.init])
+    ranks = start(settings)
+    with locked(settings.out, ranks):
+        out, prompts = Path(settings.out), unsafe_prompts(settings)
+        data = {name: parents[name].fingerprint for name in names}
+        data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts else {}
+        specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety)
+        embedded["pool"] = partial(pool_rows, out / "pool.jsonl"), json.dumps([data, asdict(settings)], sort_keys=True)
+        found = sources(specs, embedded, read_dialogs)
+        data |= {source.name: source.fingerprint for source in found if source.name != "pool"}
+        record = open_run(settings, "distill", ranks, data=data, parent=settings.init,
+                          parent_fingerprint=parents[settings.init].fingerprint)
+        if ranks.rank == 0:
+            config = record | {"model": asdict(parents[settings.init].config)}
+            replace_file(out / "config.json", json.dumps(config, indent=1).encode())
+        make_distilled(settings, prompts, ranks)
+        is_toy = any(source.fingerprint == embedded["toy/dialogs"][1] for source in found)
+        fine_tune(settings, record, parents[settings.init], found, ranks, tiny_world(settings.world) if is_toy else None)
+
+
+def unsafe_prompts(settings: Distill) -> list[dict]:
+    """The prompts to distil; never helpful ones, whose answers would get worse and be refused for nothing (§4.2.4, Table 40)."""
+    found = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
+        tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} distill".encode()), unsafe=1.0)
+    unsafe = [prompt for prompt in found if prompt.get("unsafe")]
+    if not unsafe:
+        raise InputError(f'{settings.prompts}: no prompt is tagged "unsafe": true, and helpful ones are never distilled')
+    return unsafe
+
+
+def under(preprompt: str, messages: list[dict]) -> list[dict]:
+    """A dialogue with a preprompt as its system prompt, before the one that it may have."""
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    return [{"role": "system", "content": "\n".join([preprompt, *own])}, *messages[len(own) :]]
+
+
+def answer_under_preprompts(speaker: Speaker, judge: RewardModel, prompts: list[dict], numbers: range,
+                            settings: Distill) -> list[dict]:
+    """Answers to the prompts with these numbers: plain, under a generic preprompt, under the template of the risk category.
+
+    Returns {"number", "kind", "preprompt", "prompt_ids", "response_ids", "score"} of each. All are scored as they are learned,
+    behind prompt_ids, which hold no preprompt. A prompt without a category has no template.
+    """
+    asked, rows = [], []
+    for i in numbers:
+        messages = toy_messages(prompts[i])
+        template = prompts[i].get("template") or toy.TEMPLATES.get(prompts[i].get("category"))
+        for kind, preprompt in zip(KINDS, ("", settings.generic[i % len(settings.generic)], template)):
+            if preprompt is not None:
+                asked.append(speaker.prompt_ids(under(preprompt, messages) if preprompt else messages))
+                rows.append({"number": i, "kind": kind, "preprompt": preprompt, "prompt_ids": speaker.prompt_ids(messages)})
+    drawn = generate(speaker.model, asked, settings.max_new_tokens, settings.temperature, 1.0, (speaker.tokenizer.eos_id,),
+                     settings.seed, rows=[len(KINDS) * row["number"] + KINDS.index(row["kind"]) for row in rows])
+    scores = sigmoid(score_rows(judge, [row["prompt_ids"] + ids for row, ids in zip(rows, drawn)]))
+    return [row | {"response_ids": ids, "score": score} for row, ids, score in zip(rows, drawn, scores.tolist())]
+
+
+def make_distilled(settings: Distill, prompts: list[dict], ranks: Ranks) -> None:
+    """Write OUT/distilled.jsonl, all answers to read; OUT/pool.jsonl, those that are learned; OUT/distill.json, Figure 16."""
+    out = Path(settings.out)
+    speaker = cache(lambda: load_speakers([settings.policy], ranks)[0])
+    judge = cache(lambda: load_judge(settings.harmlessness, ranks))
+    if not settings.resume and ranks.rank == 0:
+        (out / "pool.jsonl").unlink(missing_ok=True)
+
+    def draw(numbers: range) -> list[dict]:
+        return answer_under_preprompts(speaker(), judge(), prompts, numbers, settings)
+
+    rows = in_parts(out, "answers", len(prompts), settings.sample_batch, draw, ranks, settings.resume)
+    if ranks.rank > 0 or (out / "pool.jsonl").exists():
+        return
+    tokenizer, found, kept = speaker().tokenizer, [], []
+    for row in rows:
+        text = tokenizer.decode(row["response_ids"]).strip()
+        if row["kind"] == "plain":  # the first of each prompt
+            plain, plain_text = row, text
+            continue
+        ended = row["response_ids"][-1:] == [tokenizer.eos_id]
+        prompt = prompts[row["number"]]
+        found.append({"number": row["number"], "prompt": toy_messages(prompt), "plain": plain_text, "kind": row["kind"],
+                      "preprompt": row["preprompt"], "answer": text, "plain_score": plain["score"], "score": row["score"],
+                      "kept": ended and (row["score"] > plain["score"] or not settings.gate)})
+        if not settings.prompts:
+            found[-1]["truth"] = [toy.safety(tiny_world(settings.world), prompt, said) for said in (plain_text, text)]
+        if found[-1]["kept"]:
+            kept.append({"prompt_ids": row["prompt_ids"], "response_ids": row["response_ids"]})
+    write_jsonl(out / "distilled.jsonl", found)
+    if not kept:
+        raise InputError(f"{out / 'distilled.jsonl'}: none of {len(found)} answers under a preprompt may be learned; all are cut "
+                         "off, or score no higher than the plain ones; take other preprompts (--generic) or --no-gate")
+    figures = distill_figures(found)
+    replace_file(out / "distill.json", json.dumps(figures, indent=1).encode())
+    print_distilled(figures, settings)
+    draw_distilled(found, out)
+    write_jsonl(out / "pool.jsonl", kept)
+
+
+def quantile_interval(values: np.ndarray, q: float, draws: int = 1000) -> tuple[float, float, float]:
+    """A quantile of the values, and its 95 % interval by bootstrap: (quantile, low, high)."""
+    values = np.asarray(values, float)
+    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(np.quantile(values[picks], q, axis=1), [2.5, 97.5])
+    return float(np.quantile(values, q)), float(low), float(high)
+
+
+def distill_figures(found: list[dict]) -> dict:
+    """Figure 16 of the rows of distilled.jsonl, with 95 % intervals over prompts or answers.
+
+    "medians" of the safety score by kind (16a), "gain" over the plain answer, mean, by kind; "kept": the share by kind;
+    "fifths": of the answers, by the score of the plain one, the mean change of the score with the gate and without (16b);
+    on the tiny world "truth": the mean true safety by kind, and its change by a preprompt, with the gate and without.
+    """
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in found)]
+    plain = list({row["number"]: row for row in found}.values())  # each prompt once
+    before, after = (np.array([row[name] for row in found]) for name in ("plain_score", "score"))
+    of_kind, change, passes = np.array([row["kind"] for row in found]), after - before, after > before
+
+    def both(mine: np.ndarray, values: np.ndarray) -> dict:
+        return {"without": interval(values[mine]), "with": interval(values[mine & passes]) if (mine & passes).any() else None}
+
+    figures = {
+        "prompts": len(plain), "medians": {"plain": quantile_interval([row["plain_score"] for row in plain], 0.5)}
+        | {kind: quantile_interval(after[of_kind == kind], 0.5) for kind in kinds},
+        "gain": {kind: interval(change[of_kind == kind]) for kind in kinds},
+        "kept": {kind: float(np.mean([row["kept"] for row in found if row["kind"] == kind])) for kind in kinds}, "fifths": []}
+    for part in np.array_split(np.argsort(before, kind="stable"), 5):
+        mine = np.isin(np.arange(len(found)), part)
+        if mine.any():
+            figures["fifths"].append({"plain": float(before[mine].mean()), "n": int(mine.sum()),
+                                      "passes": float(passes[mine].mean())} | both(mine, change))
+    if "truth" in found[0]:
+        truth = np.array([row["truth"] for row in found])  # (answers, {plain, under the preprompt})
+        figures["truth"] = {"plain": interval(np.array([row["truth"][0] for row in plain]))} | {
+            kind: interval(truth[of_kind == kind, 1]) for kind in kinds} | {
+            "change": both(np.full(len(found), True), truth[:, 1] - truth[:, 0])}
+    return figures
+
+
+def print_distilled(figures: dict, settings: Distill) -> None:
+    """The tables of `distill`."""
+    show = lambda value, form="{:.3f} [{:.3f}, {:.3f}]": form.format(*value) if value else "-"  # noqa: E731
+    signed = lambda value: show(value, "{:+.3f} [{:+.3f}, {:+.3f}]")  # noqa: E731
+    print(f"{figures['prompts']:,} unsafe prompts answered by {settings.policy}; gate {'on' if settings.gate else 'off'}")
+    print(f"{'preprompt':10} {'median safety score':24} {'gain over the plain answer':26} {'learned':>8}  true safety")
+    for kind, median in figures["medians"].items():
+        kept = f"{figures['kept'][kind]:.1%}" if kind in figures["kept"] else ""
+        print(f"{kind:10} {show(median):24} {signed(figures['gain'].get(kind)):26} {kept:>8}  "
+              f"{show(figures.get('truth', {}).get(kind))}")
+    print(f"{'score of the plain answer, fifths':34} {'answers':>7} {'higher':>7}  {'change without the gate':25} with the gate")
+    for row in figures["fifths"]:
+        print(f"{row['plain']:34.3f} {row['n']:7} {row['passes']:7.1%}  {signed(row['without']):25} {signed(row['with'])}")
+    if "truth" in figures:
+        change = figures["truth"]["change"]
+        print(f"change of the true safety: without the gate {signed(change['without'])}, with it {signed(change['with'])}")
+
+
+def draw_distilled(found: list[dict], out: Path) -> None:
+    """scores.png (Figure 16a) and gate.png (Figure 16b)."""
+    if not importlib.util.find_spec("matplotlib"):
+        print("no pictures: `pip install matplotlib` draws them")
+        return
+    scores = {"plain": list({row["number"]: row["plain_score"] for row in found}.values())}
+    for row in found:
+        scores.setdefault(row["kind"], []).append(row["score"])
+    with picture(out / "scores.png", "Safety scores by preprompt (Figure 16a)", "score after the sigmoid", "density") as axes:
+        for (kind, values), colour in zip(scores.items(), cycle(COLOURS)):
+            axes.hist(values, np.linspace(0, 1, 26), density=True, histtype="step", color=colour, label=kind)
+            axes.axvline(np.median(values), color=colour, ls=":")
+    title = "What a preprompt changes (Figure 16b)"
+    with picture(out / "gate.png", title, "score of the plain answer", "change of the score") as axes:
+        for passes, name, colour in ((True, "passes the gate", COLOURS[0]), (False, "does not", COLOURS[1])):
+            mine = [row for row in found if (row["score"] > row["plain_score"]) == passes]
+            axes.scatter([row["plain_score"] for row in mine], [row["score"] - row["plain_score"] for row in mine], s=6,
+                         alpha=0.4, color=colour, label=name)
+        axes.axhline(0, color="0.7", lw=0.8)
+
+
 # ---------------------------------------------------------------------------------------------- the command line
 
-COMMANDS = {"curves": (curves, Curves)}
+COMMANDS = {"curves": (curves, Curves), "distill": (distill, Distill)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
