@@ -1582,9 +1582,9 @@ def contamination_section(run: Path, settings: dict, metrics: list[dict]) -> lis
 
 
 SECTIONS = {"pretrain": pretrain_section, "sft": sft_section, "collect": collect_section, "reward": reward_section,
-            "rewards": rewards_section, "curves": curves_section, "rlhf": rlhf_section,
-            "distill": distill_section, "versions": versions_section, "judge": judge_section, "safety": safety_section,
-            "diversity": diversity_section, "corpus": corpus_section, "contamination": contamination_section}  # in the paper's order
+            "rewards": rewards_section, "curves": curves_section, "rlhf": rlhf_section, "distill": distill_section,
+            "versions": versions_section, "judge": judge_section, "safety": safety_section, "diversity": diversity_section,
+            "corpus": corpus_section, "contamination": contamination_section}  # in the paper's order
 RESULTS = ("metrics.jsonl", "helpfulness.jsonl", "safety.jsonl", "rewards.json", "curves.json",
            "versions.json", "results.json")  # a run with none of them is unfinished
 
