@@ -50,11 +50,15 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
               "--harmlessness", "{base}/judge/out", "--threshold", "0.15", "--n_prompts", "8", "--n_samples", "8",
               "--sample_batch", "4", "--temperature", "1", "--max_new_tokens", "40", "--seq_len", "128", "--sample_tokens", "4",
               "--data", "pool:4", "{base}/chat.jsonl"], Transformer),
+    "distill": (rlhf.distill, rlhf.Distill,
+                [*TRAIN, "--init", "{base}/base/out", "--harmlessness", "{base}/judge/out", "--no-gate", "--n_prompts", "12",
+                 "--sample_batch", "6", "--temperature", "1", "--max_new_tokens", "60", "--seq_len", "128", "--sample_tokens", "4",
+                 "--data", "pool:4", "{base}/chat.jsonl"], Transformer),
     "judge": (evaluation.judge, evaluation.Judge, [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--judge", "truth",
                                                    "--n_prompts", "6", "--temperature", "1", "--max_new_tokens", "8"],
               None),
 }
-NEEDS_JUDGE = {"rlhf"}  # stages with a reward model: {base}/judge is one
+NEEDS_JUDGE = {"rlhf", "distill"}  # stages with a reward model: {base}/judge is one
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}
 
@@ -106,7 +110,7 @@ def outcome(stage: str, folder: Path) -> tuple[dict, list]:
     out, kind = folder / "out", STAGES[stage][3]
     weights = pretrain.load_model(out, kind)[0].state_dict() if kind else {}
     lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json", out / "results.json") if path.exists()]
+    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json", out / "results.json", out / "distill.json") if path.exists()]
     return weights, [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + texts
 
 
