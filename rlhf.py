@@ -577,6 +577,11 @@ def answer_under_preprompts(speaker: Speaker, judge: RewardModel, prompts: list[
     return [row | {"response_ids": ids, "score": score} for row, ids, score in zip(rows, drawn, scores.tolist())]
 
 
+def passes(plain: float, score: float, gate: bool) -> bool:
+    """Whether an answer may be learned: without the gate any, with it one that scores above the plain one (§4.2.4)."""
+    return score > plain or not gate
+
+
 def make_distilled(settings: Distill, prompts: list[dict], ranks: Ranks) -> None:
     """Write OUT/distilled.jsonl, all answers to read; OUT/pool.jsonl, those that are learned; OUT/distill.json, Figure 16."""
     out = Path(settings.out)
@@ -597,11 +602,10 @@ def make_distilled(settings: Distill, prompts: list[dict], ranks: Ranks) -> None
         if row["kind"] == "plain":  # the first of each prompt
             plain, plain_text = row, text
             continue
-        ended = row["response_ids"][-1:] == [tokenizer.eos_id]
-        prompt = prompts[row["number"]]
+        ended, prompt = row["response_ids"][-1:] == [tokenizer.eos_id], prompts[row["number"]]
         found.append({"number": row["number"], "prompt": toy_messages(prompt), "plain": plain_text, "kind": row["kind"],
                       "preprompt": row["preprompt"], "answer": text, "plain_score": plain["score"], "score": row["score"],
-                      "kept": ended and (row["score"] > plain["score"] or not settings.gate)})
+                      "kept": ended and passes(plain["score"], row["score"], settings.gate)})
         if not settings.prompts:
             found[-1]["truth"] = [toy.safety(tiny_world(settings.world), prompt, said) for said in (plain_text, text)]
         if found[-1]["kept"]:

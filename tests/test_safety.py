@@ -15,7 +15,7 @@ from eval import OUTCOMES, Report, Safety, measure_safety, outcome, report, safe
 from model import ModelConfig, Transformer
 from pretrain import InputError, load_model, save_model
 from reward import RewardModel, score_rows, sigmoid
-from rlhf import Distill, distill_figures, quantile_interval, under, unsafe_prompts
+from rlhf import Distill, distill_figures, passes, quantile_interval, under, unsafe_prompts
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +39,11 @@ def test_a_preprompt_stands_before_a_system_prompt_and_the_rest_of_the_dialogue_
     assert under("Be safe.", turns) == [{"role": "system", "content": "Be safe."}, *turns]
     own = [{"role": "system", "content": "You are a cat."}, *turns]
     assert under("Be safe.", own) == [{"role": "system", "content": "Be safe.\nYou are a cat."}, *turns]
+
+
+def test_the_gate_lets_through_what_scores_higher_and_an_equal_answer_does_not():
+    assert [passes(0.5, score, gate=True) for score in (0.4, 0.5, 0.6)] == [False, False, True]
+    assert all(passes(0.5, score, gate=False) for score in (0.4, 0.5, 0.6))
 
 
 # ---- the figures
