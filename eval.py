@@ -45,7 +45,7 @@ from model import IGNORE, Transformer, generate
 from pretrain import (COLOURS, InputError, Ranks, command_line, file_fingerprint, interval, load_model, locked, open_run,
                       parent_of, read_config, replace_file, start, text_sources, tiny_world, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, choice, file_prompts, finished_lines, in_parts,
-                    load_speakers, read_pairs, score_rows, win_rate)
+                    load_speakers, read_pairs, score_rows, sigmoid, win_rate)
 from reward import picture as axes_of
 from rlhf import Judges, load_judges
 from sft import read_rows, toy_messages
@@ -170,6 +170,7 @@ class Versions:
     against: str = "out/sft"  # the model that all are compared with | ChatGPT
     helpfulness: str = "out/reward-helpfulness"  # reward model of helpfulness
     harmlessness: str = "out/reward-safety"  # reward model of safety
+    general: str = ""  # a third reward model, of other comparisons, that no version was trained on (§3.4.1's check for drift)
     n_prompts: int = 2000  # distinct harmless prompts of the tiny world; the unsafe ones are all there are | 584 and 1,586
     max_new_tokens: int = 64  # longest answer
     out: str = "out/versions"  # folder of the table and the picture
@@ -184,18 +185,23 @@ class Versions:
     POSITIONAL: ClassVar[str] = "runs"
 
 
+JUDGES = (("truth", "helpfulness", "safety"), ("reward models", "R_h", "R_s"), ("general reward model", "R_g", "R_g"))
+
+
 def versions(settings: Versions) -> None:
-    """Write OUT/versions.json and versions.png; print win rates, true scores, and what got better and worse by kind."""
+    general: str = ""  # a third reward model, of other comparisons, that trained no version (the check for drift of §3.4.1)
     ranks = start(settings)
     world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
     harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     unsafe = [prompt for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, "test", attack)]
     prompts, kinds = harmless + unsafe, np.array([prompt["kind"] for prompt in harmless])
     judges = load_judges(settings.helpfulness, settings.harmlessness, ranks)
+    general = load_model(settings.general, RewardModel)[0].to(ranks.device) if settings.general else None
     with locked(settings.out, ranks):
         out = Path(settings.out)
         (out / "answers").mkdir(exist_ok=True)
-        seen = {run: greedy_scores(run, prompts, world, judges, settings, ranks) for run in (settings.against, *settings.runs)}
+        seen = {run: greedy_scores(run, prompts, world, judges, general, settings, ranks)
+                for run in (settings.against, *settings.runs)}
         theirs, found = seen[settings.against], {}
         h, s = slice(0, len(harmless)), slice(len(harmless), None)
         for run, ours in seen.items():
@@ -204,10 +210,8 @@ def versions(settings: Versions) -> None:
                 "true helpfulness": interval(ours["helpfulness"][h]), "true safety": interval(ours["safety"][s]),
                 "violations": interval(ours["violation"][s]), "refused unsafe": interval(ours["refusal"][s]),
                 "refused borderline": interval(ours["refusal"][h][kinds == "border"]), "gain": interval(better),
-                "wins, helpfulness": {"truth": win_rate(ours["helpfulness"][h], theirs["helpfulness"][h]),
-                                      "reward models": win_rate(ours["R_h"][h], theirs["R_h"][h])},
-                "wins, harmlessness": {"truth": win_rate(ours["safety"][s], theirs["safety"][s]),
-                                       "reward models": win_rate(ours["R_s"][s], theirs["R_s"][s])},
+                "wins, helpfulness": {who: win_rate(ours[key][h], theirs[key][h]) for who, key, _ in JUDGES if key in ours},
+                "wins, harmlessness": {who: win_rate(ours[key][s], theirs[key][s]) for who, _, key in JUDGES if key in ours},
                 "gain by kind": {kind: interval(better[kinds == kind]) for kind in np.unique(kinds).tolist()},
                 "words": float(ours["words"][h].mean())}
         gains = np.array([seen[run]["helpfulness"][h] - theirs["helpfulness"][h] for run in settings.runs])
@@ -215,25 +219,36 @@ def versions(settings: Versions) -> None:
         config = {"stage": "versions", "settings": asdict(settings), "model": {}, "threads": ranks.threads}
         replace_file(out / "config.json", json.dumps(config, indent=1).encode())
         replace_file(out / "versions.json", json.dumps({"runs": found, "pooled": pooled}).encode())
+        history = []
+        for run, figures in found.items():
+            made = read_config(run)
+            history.append({"run": run, "stage": made["stage"]} | {k: made["settings"].get(k) for k in TOLD} | figures)
+        replace_file(out / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
         print_versions(found, pooled, len(harmless), len(unsafe))
-        draw_versions(found, settings, out)
+        draw_versions(found, seen, h, s, settings, out)
 
 
-def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judges, settings: Versions,
-                  ranks: Ranks) -> dict[str, np.ndarray]:
+# what history.jsonl tells of how each version was made
+TOLD = ("version", "init", "policy", "helpfulness", "harmlessness", "data", "temperature", "n_samples", "kl_coef", "seed")
+
+
+def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judges, general: RewardModel | None,
+                  settings: Versions, ranks: Ranks) -> dict[str, np.ndarray]:
     """What the annotators and the reward models say of a model's greedy answers: name → (prompts,)."""
     speaker = load_speakers([run], ranks)[0]
     asked = [speaker.prompt_ids(toy_messages(prompt)) for prompt in prompts]
     said = generate(speaker.model, asked, settings.max_new_tokens, temperature=0, stop=(speaker.tokenizer.eos_id,))
     texts = [speaker.tokenizer.decode(ids).strip() for ids in said]
-    r_h, r_s = judges.score([before + ids for before, ids in zip(asked, said)])
+    rows = [before + ids for before, ids in zip(asked, said)]
+    r_h, r_s = judges.score(rows)
+    third = {"R_g": sigmoid(score_rows(general, rows))} if general else {}
     lines = [json.dumps({"prompt": prompt["prompt"], "answer": text}) + "\n" for prompt, text in zip(prompts, texts)]
     replace_file(Path(settings.out, "answers", re.sub(r"\W+", "-", run).strip("-") + ".jsonl"), "".join(lines).encode())
     judged = {"helpfulness": [toy.helpfulness(world, prompt, text) for prompt, text in zip(prompts, texts)],
               "safety": [toy.safety(world, prompt, text) for prompt, text in zip(prompts, texts)],
               "violation": [toy.is_violation(text) for text in texts], "refusal": [toy.is_refusal(text) for text in texts],
               "words": [len(toy.words(text)) for text in texts]}
-    return {name: np.array(values, float) for name, values in judged.items()} | {"R_h": r_h, "R_s": r_s}
+    return {name: np.array(values, float) for name, values in judged.items()} | {"R_h": r_h, "R_s": r_s} | third
 
 
 def print_versions(found: dict[str, dict], pooled: dict, n_harmless: int, n_unsafe: int) -> None:
@@ -255,16 +270,23 @@ def print_versions(found: dict[str, dict], pooled: dict, n_harmless: int, n_unsa
     print("gain of all runs together, over runs and prompts: {:+.3f} [{:+.3f}, {:+.3f}]".format(*pooled["gain"]))
 
 
-def draw_versions(found: dict[str, dict], settings: Versions, out: Path) -> None:
-    """versions.png: win rate on helpfulness and on harmlessness, by each judge, version after version (Figure 11)."""
+def draw_versions(found: dict[str, dict], seen: dict, h: slice, s: slice, settings: Versions, out: Path) -> None:
+    """versions.png: wins on helpfulness and on harmlessness by each judge (Figure 11); rewards-*.png: the scores (Figure 20)."""
     if not importlib.util.find_spec("matplotlib"):
         print("no picture: `pip install matplotlib` draws it")
         return
+    for name, key, where in (("helpfulness", "R_h", h), ("safety", "R_s", s)):
+        with axes_of(out / f"rewards-{name}.png", "Scores by version (Figure 20)", f"{name} score", "share of answers") as axes:
+            for (run, scores), colour in zip(seen.items(), cycle(COLOURS)):
+                weights = np.full(len(scores[key][where]), 1 / len(scores[key][where]))
+                axes.hist(scores[key][where], np.linspace(0, 1, 26), weights=weights, histtype="step", color=colour, label=run)
     with axes_of(out / "versions.png", f"Against {settings.against} (Figure 11)", "helpfulness: wins, %",
                  "harmlessness: wins, %") as axes:
-        for judge, colour in (("reward models", COLOURS[0]), ("truth", COLOURS[1])):
+        for (judge, *_), colour in zip(JUDGES, COLOURS):
             points = [[100 * figures[f"wins, {axis}"][judge][0] for axis in ("helpfulness", "harmlessness")]
-                      for figures in found.values()]
+                      for figures in found.values() if judge in figures["wins, helpfulness"]]
+            if not points:
+                continue
             axes.plot(*zip(*points), "o-", color=colour, label=f"judged by the {judge}")
             for run, (x, y) in zip(found, points):
                 axes.annotate(Path(run).name, (x, y), fontsize=8, textcoords="offset points", xytext=(4, 4))
@@ -1311,8 +1333,10 @@ def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str
     show = lambda value: "{:.3f} [{:.3f}, {:.3f}]".format(*value[:3])  # noqa: E731
     names = ("true helpfulness", "true safety", "violations", "refused unsafe", "refused borderline")
     rows = [[name, *(show(figures[name]) for name in names)] for name, figures in found.items()]
-    wins = [[name, *(show(figures[f"wins, {axis}"][judge]) for axis in ("helpfulness", "harmlessness")
-                     for judge in ("reward models", "truth"))] for name, figures in found.items()]
+    wins = [[name, *(show(rate) for axis in ("helpfulness", "harmlessness") for rate in figures[f"wins, {axis}"].values())]
+            for name, figures in found.items()]
+    judges = [f"{axis}, {judge}" for axis in ("helpfulness", "harmlessness")
+              for judge in next(iter(found.values()))[f"wins, {axis}"]]
     kinds = list(next(iter(found.values()))["gain by kind"])
     by_kind = [[name, *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*figures["gain by kind"][kind]) for kind in kinds)]
                for name, figures in found.items()]
@@ -1322,8 +1346,12 @@ def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str
             "does not, the model has learnt to please them. <code>python eval.py versions</code> <span class=note>The paper, "
             "judged by its own reward models against ChatGPT: helpfulness 39 → 78 %, harmlessness 22 → 76 % from the first SFT "
             "model to V5.</span></p>",
-            table(["wins / (wins + losses)", "helpfulness, reward model", "truth", "harmlessness, reward model", "truth"], wins),
-            picture(run / "versions.png", "win rates of the versions"), table(["mean of the answers", *names], rows),
+            table(["wins / (wins + losses)", *judges], wins),
+            picture(run / "versions.png", "win rates of the versions"),
+            "<p>Scores should shift to the right from version to version (Figure 20):</p>",
+            picture(run / "rewards-helpfulness.png", "helpfulness scores"),
+            picture(run / "rewards-safety.png", "safety scores"),
+            table(["mean of the answers", *names], rows),
             "<p>Not every skill gains: the paper's third version rhymed worse than its second.</p>",
             table(["gain in true helpfulness", *kinds], by_kind)]
 
