@@ -170,7 +170,7 @@ class Versions:
     against: str = "out/sft"  # the model that all are compared with | ChatGPT
     helpfulness: str = "out/reward-helpfulness"  # reward model of helpfulness
     harmlessness: str = "out/reward-safety"  # reward model of safety
-    general: str = ""  # a third reward model, of other comparisons, that no version was trained on (§3.4.1's check for drift)
+    general: str = ""  # a third reward model, of other comparisons, that trained no version (§3.4.1's check for drift)
     n_prompts: int = 2000  # distinct harmless prompts of the tiny world; the unsafe ones are all there are | 584 and 1,586
     max_new_tokens: int = 64  # longest answer
     out: str = "out/versions"  # folder of the table and the picture
@@ -185,11 +185,11 @@ class Versions:
     POSITIONAL: ClassVar[str] = "runs"
 
 
+# judge: what it says of helpfulness, of safety
 JUDGES = (("truth", "helpfulness", "safety"), ("reward models", "R_h", "R_s"), ("general reward model", "R_g", "R_g"))
 
 
 def versions(settings: Versions) -> None:
-    general: str = ""  # a third reward model, of other comparisons, that trained no version (the check for drift of §3.4.1)
     ranks = start(settings)
     world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
     harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
