@@ -155,12 +155,7 @@ def score_rows(model: nn.Module, rows: list[list[int]], batch_tokens: int = 2**1
     """
     device = ranks.device if ranks else model.output.weight.device
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    batches: list[list[int]] = [[]]
-    for i in order:
-        if len(rows[i]) * (len(batches[-1]) + 1) > batch_tokens and batches[-1]:
-            batches.append([])
-        batches[-1].append(i)
+    batches = by_length([len(row) for row in rows], batch_tokens)
     scores = torch.zeros(len(rows), dtype=torch.double, device=device)
     for first in range(0, len(batches), world_size):  # every rank does equally many forward passes
         batch = batches[first + rank] if first + rank < len(batches) else []
@@ -171,6 +166,16 @@ def score_rows(model: nn.Module, rows: list[list[int]], batch_tokens: int = 2**1
         model.reshard()  # without a backward pass the root would stay whole
         dist.all_reduce(scores)
     return scores.cpu().numpy()
+
+
+def by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """The numbers of rows of these lengths in batches of at most `batch_tokens` with the padding, the short rows first."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if lengths[i] * (len(batches[-1]) + 1) > batch_tokens and batches[-1]:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
