@@ -318,7 +318,7 @@ TASKS = {
     "gsm8k": Task(gsm8k, "math", 8, "match", 14.6, 256, ("\n\n", "Question:"), last_number),  # maj1@1: one greedy answer
     "humaneval": Task(humaneval, "code", 0, "pass@1", 12.8, 384, ("\nclass", "\ndef", "\n#", "\nif", "\nprint")),  # Codex's
     "mbpp": Task(mbpp, "code", 3, "pass@1", 20.8, 384, ("[DONE]",)),
-    "toy": Task(world_facts, "tiny world", 0, "acc_norm", None),
+    "toy": Task(world_facts, "tiny world", 0, "acc", None),  # the choices are single words
 }
 IN_TABLE_3 = {"code": 2, "commonsense": 8, "world knowledge": 2, "reading": 3, "math": 2}  # tasks of a column that is a mean
 
@@ -488,7 +488,7 @@ def run_code(program: str, seconds: float = 3.0, unsafe: bool = False) -> str:
                               input=json.dumps(order), capture_output=True)
     verdict = done.stdout.strip()
     if verdict not in ("pass", "fail", "timeout"):
-        raise InputError(f"there is no sandbox here for a model's programs ({verdict or done.stderr.strip()[-200:]}): run this on "
+        raise InputError(f"there is no sandbox here for a model's programs ({verdict or done.stderr.strip()[-200:]}): run it on "
                          "Linux 5.12 or newer where users may make namespaces, or run them unprotected with --unsafe_exec")
     return verdict
 
@@ -1022,8 +1022,8 @@ def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
 
 
 SECTIONS = {  # in the paper's order
-    "pretrain": pretrain_section, "curves": curves_section, "tasks": tasks_section, "sft": sft_section, "collect": collect_section,
-    "reward": reward_section, "rewards": rewards_section}
+    "pretrain": pretrain_section, "curves": curves_section, "tasks": tasks_section, "sft": sft_section,
+    "collect": collect_section, "reward": reward_section, "rewards": rewards_section}
 RESULTS = ("metrics.jsonl", "curves.json", "tasks.json", "helpfulness.jsonl", "safety.jsonl", "rewards.json")  # else unfinished
 
 

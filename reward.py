@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
-from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, command_line, cpu_group, file_fingerprint, interval,
-                      load_model, locked, open_run, parent_of, permute, print_settings, read_config, replace_file,
+from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, checkpoints, command_line, cpu_group, file_fingerprint,
+                      interval, load_model, locked, open_run, parent_of, permute, print_settings, read_config, replace_file,
                       set_weights, start, tiny_world, train, world_of)
 from sft import messages_of, read_rows, toy_messages
 from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
@@ -750,7 +750,8 @@ def load_speakers(folders: list[str], ranks: Ranks) -> list[Speaker]:
         if speakers and Path(tokenizer).read_bytes() != Path(speakers[0].tokenizer.path).read_bytes():
             raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common")
         model = load_weights(config, weight_of, dtype).to(ranks.device).eval()
-        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), read_config(folder).get("stage") == "pretrain"))
+        is_base = bool(checkpoints(folder)) and read_config(folder).get("stage") == "pretrain"
+        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), is_base))
     return speakers
 
 
