@@ -388,9 +388,9 @@ def with_examples(name: str, items: list[Item], examples: list[Item], shots: int
             few.append(item.example)
         elif not examples:
             asked.append(item)
-    few = min((len(shown.get(item.opening, [])) for item in asked), default=0)
-    if not asked or few < shots:
-        raise InputError(f"{name}: --shots {shots} leaves no question, or there are but {few} examples for one; "
+    least = min((len(shown.get(item.opening, [])) for item in asked), default=0)
+    if not asked or least < shots:
+        raise InputError(f"{name}: of {shots} examples before each question there are but {least}, or no question is left; "
                          "name a file with more in --examples, or lower --shots")
     before = {item.opening: item.opening + "".join(shown.get(item.opening, [])) for item in asked}
     return [item._replace(prompt=before[item.opening] + item.prompt,
@@ -707,8 +707,9 @@ def task_table(results: dict[str, dict]) -> tuple[list[str], list[list]]:
             (mean, low, high), more = result["figures"][task.metric], result["figures"].items()
             rows.append([name, task.metric, f"{100 * mean:.1f}", f"{100 * low:.1f} … {100 * high:.1f}",
                          f"{100 * result['chance']:.1f}" if result["chance"] else "", result["shots"], result["questions"],
-                         task.paper or "", ", ".join(f"{key} {100 * value[0]:.1f}" for key, value in more
-                                                     if key not in (task.metric, "mc2"))])
+                         task.paper or "", ", ".join([f"{key} {100 * value[0]:.1f}" for key, value in more
+                                                      if key not in (task.metric, "mc2")]
+                                                     + [f"{result['cut']} prompts cut to fit"] * bool(result["cut"]))])
         if found and group in IN_TABLE_3:
             mean = np.mean([results[name]["figures"][TASKS[name].metric][0] for name in found])
             rows.append([f"{group} ({len(found)} of {IN_TABLE_3[group]} tasks)", "mean", f"{100 * mean:.1f}", *[""] * 6])
