@@ -908,6 +908,7 @@ def save_model(model: Transformer, out: str, tokenizer: str) -> None:
     config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
     replace_file(Path(out, "config.json"), json.dumps(config, indent=1).encode())
     dist.destroy_process_group()
+    cpu_group.cache_clear()  # it went with the others
 
 
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:

@@ -20,7 +20,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -155,17 +155,19 @@ def score_rows(model: nn.Module, rows: list[list[int]], batch_tokens: int = 2**1
     """
     device = ranks.device if ranks else model.output.weight.device
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-    batches = by_length([len(row) for row in rows], batch_tokens)
-    scores = torch.zeros(len(rows), dtype=torch.double, device=device)
+    unique = list(dict.fromkeys(map(tuple, rows)))  # of samples, many are equal
+    batches = by_length([len(row) for row in unique], batch_tokens)
+    scores = torch.zeros(len(unique), dtype=torch.double, device=device)
     for first in range(0, len(batches), world_size):  # every rank does equally many forward passes
         batch = batches[first + rank] if first + rank < len(batches) else []
-        tokens, lengths = padded([rows[i] for i in batch] or [[0]])
+        tokens, lengths = padded([unique[i] for i in batch] or [(0,)])
         found = model(tokens.to(device), lengths.to(device)).double()  # (batch,)
         scores[batch] = found[: len(batch)]
     if ranks:
         model.reshard()  # without a backward pass the root would stay whole
         dist.all_reduce(scores)
-    return scores.cpu().numpy()
+    places = {row: i for i, row in enumerate(unique)}
+    return scores.cpu().numpy()[[places[tuple(row)] for row in rows]]
 
 
 def by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
@@ -178,10 +180,10 @@ def by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of ids as tokens (rows, seq), filled up on the right with 0, and their lengths (rows,)."""
     width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), torch.tensor([len(row) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------- comparisons
@@ -807,9 +809,9 @@ def file_prompts(file: str) -> list[dict]:
     found = []
     for place, record in read_rows(file):
         try:
-            if not isinstance(record, dict) or dialog_turns(toy_messages(record))[-1][1] is not None:
+            if not isinstance(record, dict) or "prompt" not in record or dialog_turns(toy_messages(record))[-1][1] is not None:
                 raise InputError('needs a "prompt", a text or messages of which the user has the last')
-        except (KeyError, TokenizerError, InputError) as error:
+        except (TokenizerError, InputError) as error:
             raise InputError(f"{place}: {error}") from None
         found.append(record)
     return found

@@ -23,8 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import eval as evaluation
 import pretrain
 import reward
+import rlhf
 import sft
 from model import Transformer
 
@@ -43,7 +45,14 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
                  "--test_pairs", "3", "--max_new_tokens", "8"], None),
     "reward": (reward.main, reward.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/pairs.jsonl",
                                               "--rest", "{base}/pairs.jsonl", "--seq_len", "64"], reward.RewardModel),
+    "rlhf": (rlhf.main, rlhf.Settings,
+             [*TRAIN, "--init", "{base}/base/out", "--policy", "{base}/base/out", "--helpfulness", "{base}/judge/out",
+              "--harmlessness", "{base}/judge/out", "--threshold", "0.15", "--n_prompts", "8", "--n_samples", "8",
+              "--sample_batch", "4", "--temperature", "1", "--max_new_tokens", "40", "--seq_len", "128", "--sample_tokens", "4",
+              "--data", "pool:4", "{base}/chat.jsonl"], Transformer),
+    "tasks": (evaluation.tasks, evaluation.Tasks, ["{base}/base/out", "--task", "toy", "--limit", "12", *SMALL], None),
 }
+NEEDS_JUDGE = {"rlhf"}  # stages with a reward model: {base}/judge is one
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}
 
@@ -105,10 +114,12 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
     (base / "farm.txt").write_text(TEXT)
     for name, rows in (("chat", DIALOGS), ("pairs", PAIRS)):
         (base / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name in ("base", "whole"):
+    for name in ("base", "judge", "whole"):
         (base / name).mkdir()
     if stage != "pretrain":
         assert run("pretrain", base / "base")[0] == 0
+    if stage in NEEDS_JUDGE:
+        assert run("reward", base / "judge")[0] == 0
     began = time.perf_counter()
     code, operations = run(stage, base / "whole")
     seconds = time.perf_counter() - began

@@ -407,8 +407,8 @@ def test_curves_of_two_runs_are_one_picture_and_both_are_in_the_report(model, tm
         (tmp_path / name).mkdir()
         write(tmp_path / name / "metrics.jsonl", [{"step": i, "tokens": 1000 * i, "loss": 6 - slope * math.log(i)} for i in range(1, 21)])
         (tmp_path / name / "config.json").write_text(json.dumps({"stage": "none", "settings": {}, "model": asdict(model.config), "threads": 1}))
-    COMMANDS["curves"][0](COMMANDS["curves"][1]((str(tmp_path / "small"), str(tmp_path / "large")), str(tmp_path / "curves")))
-    ends = json.loads((tmp_path / "curves" / "curves.json").read_text())
+    COMMANDS["curves"][0](COMMANDS["curves"][1]((str(tmp_path / "small"), str(tmp_path / "large")), str(tmp_path / "losses")))
+    ends = json.loads((tmp_path / "losses" / "losses.json").read_text())
     assert ends[str(tmp_path / "small")]["loss"] == pytest.approx(6 - math.log(20)) and ends[str(tmp_path / "large")]["tokens"] == 20000
-    assert (tmp_path / "curves" / "curves.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "losses" / "losses.png").read_bytes()[1:4] == b"PNG"
     assert command("report", "--out", tmp_path) != 0 or "data:image/png" in (tmp_path / "report.html").read_text()
