@@ -365,7 +365,9 @@ def spool_stdin(settings, ranks: Ranks) -> str:
 
 
 def file_fingerprint(file: str) -> str:
-    """A hash of a file's size and of its first and last megabyte: enough to notice another file."""
+    """A hash of a file's size and of its first and last megabyte: enough to notice another file. InputError if there is none."""
+    if not os.path.isfile(file):
+        raise InputError(f"{file}: there is no such file")
     size = os.path.getsize(file)
     with open(file, "rb") as f:
         head = f.read(2**20)

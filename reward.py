@@ -806,6 +806,8 @@ def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
 
 def file_prompts(file: str) -> list[dict]:
     """The prompts of a file; InputError names a bad line."""
+    if not Path(file).is_file():
+        raise InputError(f"{file}: there is no such file")
     found = []
     for place, record in read_rows(file):
         try:
