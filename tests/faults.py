@@ -104,7 +104,7 @@ def outcome(stage: str, folder: Path) -> tuple[dict, list]:
     out, kind = folder / "out", STAGES[stage][3]
     weights = pretrain.load_model(out, kind)[0].state_dict() if kind else {}
     lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json") if path.exists()]
+    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json", out / "tasks.json") if path.exists()]
     return weights, [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + texts
 
 
