@@ -147,7 +147,7 @@ def siqa(row: dict) -> Item:
 
 def winogrande(row: dict) -> Item:
     """{"sentence" with a _, "option1", "option2", "answer": "1" or "2"}"""
-    before, after = row["sentence"].split("_")
+    before, after = row["sentence"].split("_", 1)
     right = {"1": 0, "2": 1}[str(row["answer"])]
     pairs = tuple((before + row[f"option{i}"], " " + after.strip()) for i in (1, 2))  # the options differ in the prompt
     return Item("".join(pairs[right]) + "\n\n", pairs=pairs, right=(right,))
@@ -303,6 +303,12 @@ class Task(NamedTuple):
 # acc: the likeliest choice; acc_norm: the likeliest per character; acc_answer: the one whose likelihood the question
 # raises most, p(choice | question) / p(choice | "Answer:"). LLaMA 1 (its §3) takes acc_norm for all but OpenBookQA and
 # BoolQ; where all choices are letters acc and acc_norm are one. mc2: the share of probability on the right choices.
+#
+# The paper prints no prompts. Those of multiple choice are lm-evaluation-harness's (0.4.13), and so are the log-likelihoods,
+# to 2e-4 nats on 100 questions each of eight tasks. What had to be matched: BOS first; prompt and choice encoded as one text,
+# the space between them scored with the choice; HellaSwag's brackets and capital; WinoGrande's options in the prompt, the rest
+# of the sentence scored; MMLU's examples in the order of its dev file; a context that holds the longest prompt, for the
+# harness cuts a longer one down to its end without BOS; fp32.
 TASKS = {
     "boolq": Task(boolq, "reading", 0, "acc_answer", 77.4),
     "piqa": Task(piqa, "commonsense", 0, "acc_norm", 78.8),
@@ -413,7 +419,7 @@ def multiple_choice(model: Transformer, tokenizer: Tokenizer, items: list[Item],
         mine, right = slice(first, first + len(item.pairs)), list(item.right)
         first = mine.stop
         found = log_probs[mine]  # (choices,)
-        rules = {"acc": found, "acc_norm": found / [len(text) - 1 for _, text in item.pairs]}  # without the space
+        rules = {"acc": found, "acc_norm": found / [max(1, len(text) - 1) for _, text in item.pairs]}  # without the space
         if answer_context:
             rules["acc_answer"] = found - alone[mine]
         p = np.exp(found - found.max())
@@ -425,8 +431,7 @@ def multiple_choice(model: Transformer, tokenizer: Tokenizer, items: list[Item],
 def continuations(model: Transformer, tokenizer: Tokenizer, items: list[Item], task: Task, settings: "Tasks",
                   first: int) -> list[list[str]]:
     """What the model says after each prompt, up to a stop: `samples` texts for each item. first: the number of the first item."""
-    room = model.config.max_seq_len - task.max_new_tokens
-    prompts = [keep_end(tokenizer.encode(item.prompt, bos=True, eos=False), room) for item in items]
+    prompts = [keep_end(tokenizer.encode(item.prompt, bos=True, eos=False), prompt_room(model, task)) for item in items]
     n = settings.samples if task.metric == "pass@1" else 1
     temperature = settings.temperature if task.metric == "pass@1" else 0.0
     drawn = generate(model, prompts, task.max_new_tokens, temperature, 0.95, (tokenizer.eos_id,), settings.seed, n,
@@ -479,9 +484,12 @@ def run_code(program: str, seconds: float = 3.0, unsafe: bool = False) -> str:
     LIMITS and the time bind it. Where there can be no namespaces it raises InputError, unless `unsafe`: then only the
     limits, the time, the fresh interpreter and the empty environment are left.
 
-    What is not stopped: a program that sets out to look as if it had passed; reading the libraries and the source of
-    installed packages; taking the processors, and 8 times 1 GiB of memory, until the time is over; a mistake in the
-    kernel, all of whose system calls can be made (there is no seccomp filter). With `unsafe`, whatever your user may do.
+    What is not stopped:
+    - a program that sets out to look as if it had passed;
+    - reading Python, its installed packages and the system's libraries, and the keys of this session's keyring;
+    - taking the processors, and 8 times 1 GiB of memory, until the time is over;
+    - a mistake in the kernel, all of whose system calls can be made (there is no seccomp filter);
+    - with `unsafe`, whatever your user may do.
     """
     folders = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", sys.base_prefix, sys.prefix)
     with tempfile.TemporaryDirectory() as root:
@@ -605,6 +613,7 @@ class Tasks:
     POSITIONAL: ClassVar[str] = "run"
 
 
+# What may differ from call to call into one folder; the rest, and the model, may not.
 PER_CALL = dict(task=(), examples=(), shots=None, limit=None, show=0, samples=1, temperature=None, seconds=3.0, unsafe_exec=False)
 
 
@@ -662,7 +671,7 @@ def tasks(settings: Tasks) -> None:
                             ranks, settings.resume)
             if ranks.rank == 0:
                 replace_file(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-                metrics = [name for name, value in rows[0].items() if isinstance(value, float)]
+                metrics = [metric for metric, value in rows[0].items() if isinstance(value, float)]
                 figures = {metric: interval([row[metric] for row in rows]) for metric in metrics}
                 shots = task.shots if settings.shots is None else settings.shots
                 chance = float(np.mean([len(item.right) / len(item.pairs) for item in items])) if items[0].pairs else 0.0

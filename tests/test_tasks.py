@@ -17,7 +17,7 @@ import torch
 import toy
 from eval import (COMMANDS, TASKS, Item, Tasks, bare_words, choose, continuation_log_probs, encode_pair, last_number, multiple_choice,
                   pass_at_k, read_items, run_code, score, with_examples)
-from model import ModelConfig, ModelError, Transformer, generate, save_hf
+from model import ModelConfig, Transformer, generate, save_hf
 from pretrain import InputError, command_line
 from tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ def write(path, rows):
 def command(name, *argv):
     """A command of eval.py; its exit code."""
     try:
-        command_line(*COMMANDS[name], [*map(str, argv), "--device", "cpu", *["--threads", "1"] * (name == "tasks")])
+        command_line(*COMMANDS[name], [*map(str, argv), *["--device", "cpu", "--threads", "1"] * (name == "tasks")])
     except SystemExit as stop:
         return stop.code
     return 0
@@ -334,6 +334,8 @@ def test_tasks_scores_keeps_every_prompt_and_scores_nothing_twice(folder, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "out" / "piqa.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [f"Question: {row['goal']}\nAnswer:" for row in GOLDEN["piqa"]["rows"]]
     assert results["piqa"]["figures"]["acc"][0] == pytest.approx(np.mean([row["acc"] for row in rows])) and results["toy"]["questions"] == 3
+    assert command("report", "--out", tmp_path) == 0 and "Q: Sam" not in (page := (tmp_path / "report.html").read_text())
+    assert "commonsense (2 of 8 tasks)" in page and "Llama 2 7B" in page
     parts = sorted((tmp_path / "out" / "parts").glob("piqa-*"))
     assert len(parts) == 3
     parts[0].unlink()
@@ -371,10 +373,9 @@ def test_wrong_flags_end_with_code_2_and_one_sentence(folder, tmp_path, capsys):
         assert command("tasks", folder, "--out", tmp_path / "out", *argv) == 2
         err = capsys.readouterr().err
         assert says in err and err.count("\n") == 1
-    with pytest.raises(ModelError, match="no weights"):
-        COMMANDS["perplexity"][0](COMMANDS["perplexity"][1]((str(tmp_path), "x.txt")))
-    assert command("perplexity", folder) == 2 and "which files" in capsys.readouterr().err
-    assert command("curves", tmp_path / "none", "--out", tmp_path) != 0
+    for argv, says in ((["perplexity", tmp_path, "x.txt"], "no weights"), (["perplexity", folder], "which files"),
+                       (["perplexity", folder, tmp_path / "none.txt"], "can't be read"), (["curves", tmp_path / "none"], "no metrics.jsonl")):
+        assert command(*argv) == 2 and says in capsys.readouterr().err
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(model, tokenizer, tmp_path, capsys):
@@ -387,13 +388,13 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(model, token
     (tmp_path / "a.txt").write_text(text)
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
         f.write(json.dumps({"text": text}) + "\n")
-    COMMANDS["perplexity"][0](COMMANDS["perplexity"][1]((str(tmp_path / "uniform"), str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl.gz")), 16))
+    assert command("perplexity", tmp_path / "uniform", tmp_path / "a.txt", tmp_path / "b.jsonl.gz", "--seq_len", 16) == 0
     ids = tokenizer.encode(text, bos=False, eos=False)
     for line in capsys.readouterr().out.splitlines()[1:]:
         _, tokens, ppl, _, _, _, bits = line.split()
         assert int(tokens) == len(ids) and float(ppl) == pytest.approx(400, abs=0.01)
         assert float(bits) == pytest.approx(len(ids) * math.log2(400) / len(text.encode()), abs=1e-3)
-    COMMANDS["perplexity"][0](COMMANDS["perplexity"][1]((str(tmp_path / "other"), str(tmp_path / "a.txt")), 16))
+    assert command("perplexity", tmp_path / "other", tmp_path / "a.txt", "--seq_len", 16) == 0
     losses = []
     for start in range(0, len(ids), 16):  # one token at a time
         piece = [tokenizer.bos_id, *ids[start : start + 16]]
@@ -402,13 +403,13 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(model, token
     assert math.log(float(capsys.readouterr().out.splitlines()[1].split()[2])) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_curves_of_two_runs_are_one_picture_and_both_are_in_the_report(model, tmp_path, capsys):
+def test_curves_of_two_runs_are_one_picture_and_it_is_in_the_report(model, tmp_path):
     for name, slope in (("small", 1.0), ("large", 1.5)):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "metrics.jsonl", [{"step": i, "tokens": 1000 * i, "loss": 6 - slope * math.log(i)} for i in range(1, 21)])
         (tmp_path / name / "config.json").write_text(json.dumps({"stage": "none", "settings": {}, "model": asdict(model.config), "threads": 1}))
-    COMMANDS["curves"][0](COMMANDS["curves"][1]((str(tmp_path / "small"), str(tmp_path / "large")), str(tmp_path / "losses")))
+    assert command("curves", tmp_path / "small", tmp_path / "large", "--out", tmp_path / "losses") == 0
     ends = json.loads((tmp_path / "losses" / "losses.json").read_text())
     assert ends[str(tmp_path / "small")]["loss"] == pytest.approx(6 - math.log(20)) and ends[str(tmp_path / "large")]["tokens"] == 20000
     assert (tmp_path / "losses" / "losses.png").read_bytes()[1:4] == b"PNG"
-    assert command("report", "--out", tmp_path) != 0 or "data:image/png" in (tmp_path / "report.html").read_text()
+    assert command("report", "--out", tmp_path) == 0 and "data:image/png" in (tmp_path / "report.html").read_text()
