@@ -190,6 +190,8 @@ def test_the_published_rows_of_the_other_paths_become_prompts_answers_and_progra
              "test_setup_code": "", "challenge_test_list": []} for i in (2, 3)]
     first, second = items_of(tmp_path, "mbpp", rows)
     assert first.example == first.prompt + rows[0]["code"] + "\n[DONE]\n\n" and "assert f2() == 2\n[BEGIN]\n" in first.prompt
+    assert run_code(second.program[0] + rows[1]["code"] + second.program[1], 20, unsafe=True) == "pass"
+    assert run_code(second.program[0] + rows[0]["code"] + second.program[1], 20, unsafe=True) == "fail"
     sanitized = {"task_id": 3, "prompt": "Write f3.", "code": rows[1]["code"], "test_imports": [], "test_list": rows[1]["test_list"]}
     assert items_of(tmp_path, "mbpp", [sanitized]) == [second]
 
@@ -254,6 +256,7 @@ ATTACKS = {  # each reaches its end, and so passes, if and only if it did what i
     "an endless loop": "while True: pass",
     "a loop that is deaf to signals": "import signal\nfor s in signal.Signals:\n    if s not in (9, 19): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
     "100 GB of memory": "x = bytearray(100 * 2**30)",
+    "more memory than is allowed": "x = bytearray(3 * 2**29)",
     "deleting a file": "import os; os.remove({victim!r})",
     "deleting a library": "import os; os.remove(os.__file__)",
     "writing a file": "open({victim!r}, 'w').write('x')",
