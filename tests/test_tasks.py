@@ -256,7 +256,7 @@ ATTACKS = {  # each reaches its end, and so passes, if and only if it did what i
     "an endless loop": "while True: pass",
     "a loop that is deaf to signals": "import signal\nfor s in signal.Signals:\n    if s not in (9, 19): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
     "100 GB of memory": "x = bytearray(100 * 2**30)",
-    "more memory than is allowed": "x = bytearray(3 * 2**29)",
+    "more memory than is allowed": "import mmap; x = mmap.mmap(-1, 3 * 2**29)",
     "deleting a file": "import os; os.remove({victim!r})",
     "deleting a library": "import os; os.remove(os.__file__)",
     "writing a file": "open({victim!r}, 'w').write('x')",
