@@ -1352,6 +1352,7 @@ def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> No
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            cpu_group.cache_clear()  # it went with the others
 
 
 if __name__ == "__main__":
