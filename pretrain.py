@@ -158,7 +158,7 @@ def parse(cls: type, argv: list[str] | None = None):
     settings = cls(**values)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
                  "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens",
-                 "n_prompts", "samples", "parallel", "timeout", "documents", "chunk", "limit", "seconds"):
+                 "n_prompts", "samples", "sample_batch", "parallel", "timeout", "documents", "chunk", "limit", "seconds"):
         value = getattr(settings, name, None)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be a number above 0, not {value}")

@@ -13,7 +13,7 @@ import torch
 import toy
 from eval import OUTCOMES, Report, Safety, measure_safety, outcome, report, safety, safety_prompts, side_by_side
 from model import ModelConfig, Transformer
-from pretrain import InputError, load_model, save_model
+from pretrain import InputError, load_model, parse, save_model
 from reward import RewardModel, score_rows, sigmoid
 from rlhf import Distill, distill_figures, passes, quantile_interval, under, unsafe_prompts
 from tokenizer import Tokenizer
@@ -214,5 +214,7 @@ def test_if_nothing_passes_the_gate_or_nothing_is_unsafe_one_sentence_says_so(mo
     helpful.write_text('{"prompt": "Hello?"}\n{"prompt": "Who are you?", "unsafe": false}\n')
     with pytest.raises(InputError, match='helpful.jsonl: no prompt is tagged "unsafe": true'):
         unsafe_prompts(Distill(prompts=str(helpful)))
+    with pytest.raises(InputError, match="--sample_batch must be a number above 0"):
+        parse(Distill, ["--init", str(models / "sft"), "--sample_batch", "0"])
     with pytest.raises(InputError, match="--rewards takes two reward models"):
         safety(Safety(rewards=("one",)))
