@@ -500,7 +500,7 @@ class Distill(Tuning):
     gate: bool = True  # learn an answer only if the reward model scores it above the plain one | yes
     prompts: str = ""  # .jsonl of {"prompt", "unsafe": true, "template": preprompt of its risk category}; else of the tiny world
     n_prompts: int = 400  # unsafe prompts of the tiny world, with and without an attack
-    generic: tuple[str, ...] = tuple(toy.PREPROMPTS)  # preprompts for every category; a prompt gets one of them | Table 39
+    generic: tuple[str, ...] = tuple(toy.PREPROMPTS)  # preprompts for every category (Table 39); a prompt gets one of them
     temperature: float = 0.0  # of the answers; greedy, for a lucky draw would pass the gate as well | not stated
     max_new_tokens: int = 64  # longest answer; one that is cut off is never learned
     sample_batch: int = 64  # prompts that are answered together and kept together: the unit of resume
