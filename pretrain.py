@@ -230,11 +230,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def compute_dtype(settings, ranks: Ranks) -> torch.dtype:
+    """What a sharded model computes in, by --dtype; its master weights are fp32."""
+    bf16 = settings.dtype == "bf16" or settings.dtype == "auto" and ranks.device.type == "cuda"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def build(config: ModelConfig, settings, ranks: Ranks, kind: type[Transformer] = Transformer) -> Transformer:
     """A model whose parameters are sharded over the ranks (FSDP2), with the same weights at any world size."""
     with torch.device("meta"):
         model = kind(config)
-    bf16 = settings.dtype == "bf16" or settings.dtype == "auto" and ranks.device.type == "cuda"
+    bf16 = compute_dtype(settings, ranks) == torch.bfloat16
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for block in model.layers:
         block.checkpointing = bool(settings.checkpointing)
