@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import ClassVar, NamedTuple
@@ -125,7 +126,7 @@ class Ppo(Common):
                    eval_every=20, save_every=20, eval_prompts=512, patience=5, checkpointing=True)
         for name, config in PRESETS.items() if not name.startswith("toy")
     } | {
-        name: dict(lr=5e-5, critic_lr=2e-4, batch_size=64, mini_batch=16, micro_batch=16, steps=80, critic_warmup=5,
+        name: dict(lr=5e-5, critic_lr=2e-4, batch_size=64, mini_batch=16, micro_batch=8, steps=80, critic_warmup=5,
                    kl_coef=0.1, seq_len=256, max_new_tokens=64, eval_every=10, save_every=10, eval_prompts=192, patience=4,
                    checkpointing=False)
         for name in PRESETS if name.startswith("toy")  # toy values: our choice
@@ -248,7 +249,7 @@ class Critic(RewardModel):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (rows, seq). Returns (rows, seq), in units of the whitened score."""
-        return Transformer.forward(self, tokens)[..., 0]
+        return Transformer.forward(self, tokens)[..., 0].clone()  # FSDP wants no view
 
 
 class Models(NamedTuple):
@@ -281,11 +282,17 @@ def align(prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, T
     return tokens[:, :-1], tokens[:, 1:].masked_fill(~is_action, IGNORE)
 
 
-def deal(rows: Tensor, micro_batch: int, ranks: Ranks) -> list[Tensor]:
-    """This rank's micro-batches of these rows. All ranks get equally many; one that is left over is empty."""
-    groups = list(rows.split(micro_batch))
-    groups += [rows[:0]] * (-len(groups) % ranks.world_size)
-    return groups[ranks.rank :: ranks.world_size]
+def deal(targets: Tensor, settings: Ppo, ranks: Ranks) -> list[list[Tensor]]:
+    """Of each mini-batch, this rank's micro-batches: numbers of rows, in order of length, so that little is padding.
+
+    All ranks get equally many; one that is left over is empty.
+    """
+    ends, dealt = (targets != IGNORE).cumsum(1).argmax(1), []  # (rows,), the place of the last action
+    for mini in torch.arange(len(targets)).split(settings.mini_batch):
+        groups = list(mini[ends[mini].argsort(stable=True)].split(settings.micro_batch))
+        groups += [mini[:0]] * (-len(groups) % ranks.world_size)
+        dealt.append(groups[ranks.rank :: ranks.world_size])
+    return dealt
 
 
 def take(batch: tuple[Tensor, ...], rows: Tensor) -> list[Tensor]:
@@ -306,10 +313,9 @@ def at_every_place(model: nn.Module, compute: Callable, batch: tuple[Tensor, ...
     Returns (rows, seq) in float64 to every rank: figures are small, only models are large.
     """
     found = torch.zeros(batch[0].shape, dtype=torch.double)
-    for mini in torch.arange(len(found)).split(settings.mini_batch):
-        for rows in deal(mini, settings.micro_batch, ranks):
-            part = compute(*(x.to(ranks.device) for x in take(batch, rows)))
-            found[rows, : part.shape[1]] = part[: len(rows)].double().cpu()
+    for rows in chain(*deal(batch[1], settings, ranks)):
+        part = compute(*(x.to(ranks.device) for x in take(batch, rows)))
+        found[rows, : part.shape[1]] = part[: len(rows)].double().cpu()
     model.reshard()  # without a backward pass the root would stay whole
     dist.all_reduce(found)
     return found
@@ -336,7 +342,8 @@ def score_answers(models: Models, prompts: list[dict], ids: list[list[int]], ans
                   ranks: Ranks) -> tuple[Tensor, dict[str, float]]:
     """R_c of each answer, (rows,) in (0, 1), and the means to log: of LOGIT(R_c), R_s and R_h."""
     rows = [prompt + answer for prompt, answer in zip(ids, answers)]
-    r_s, r_h = (sigmoid(score_rows(judge, rows, ranks=ranks)) for judge in (models.safety, models.helpfulness))
+    room = settings.micro_batch * settings.seq_len  # tokens of a forward pass
+    r_s, r_h = (sigmoid(score_rows(judge, rows, room, ranks)) for judge in (models.safety, models.helpfulness))
     is_safety = np.array([prompt.get("unsafe", False) for prompt in prompts])
     combined = torch.from_numpy(combine_rewards(r_s, r_h, is_safety) if settings.piecewise else r_h)
     return combined, {"reward": logit(combined).mean().item(), "R_s": r_s.mean(), "R_h": r_h.mean()}
@@ -369,17 +376,18 @@ def learn(models: Models, optimizers: dict[str, torch.optim.Optimizer], batch: d
           texts: Mixture | None, settings: Ppo, ranks: Ranks, interrupted: bool) -> dict[str, float]:
     """One gradient step of policy and critic on each mini-batch (§3.2.3). Returns means over the steps."""
     rate = cosine_schedule(iteration - 1, settings.steps, settings.warmup, settings.lr_floor)
-    minis, steps = torch.arange(settings.batch_size).split(settings.mini_batch), []
     of_policy, of_critic = ([batch[name] for name in ("inputs", "targets", *names)] for names in (
         ("log_probs", "advantages"), ("values", "returns")))
-    for number, mini in enumerate(minis, (iteration - 1) * len(minis)):
-        parts = deal(mini, settings.micro_batch, ranks)
+    n, steps = settings.mini_batch, []
+    for number, parts in enumerate(deal(batch["targets"], settings, ranks)):
         found = {}
         if iteration > settings.critic_warmup:
             extra, weight = [], 0.0
             if texts:  # the mean loss of text beside the mean over the actions of the mini-batch
-                extra = texts.batch_at(number % (texts.n_rows // len(mini)), len(mini), settings.micro_batch, ranks)
-                weight = settings.ptx_coef * int((batch["targets"][mini] != IGNORE).sum()) / (len(mini) * settings.seq_len)
+                step = (iteration - 1) * settings.batch_size // n + number
+                extra = texts.batch_at(step % (texts.n_rows // n), n, settings.micro_batch, ranks)
+                actions = (batch["targets"][number * n : (number + 1) * n] != IGNORE).sum().item()
+                weight = settings.ptx_coef * actions / (n * settings.seq_len)
             found["policy"] = optimizer_step(
                 models.policy, optimizers["policy"], [take(of_policy, rows) for rows in parts] + extra,
                 partial(policy_step_loss, settings=settings, ptx_weight=weight), settings.lr * rate, settings.grad_clip, ranks)
