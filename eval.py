@@ -277,8 +277,27 @@ def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
     return parts
 
 
+def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on one PPO run: the held-out prompts before, at the best evaluation and at the last; ppo.png."""
+    evaluations = [row for row in metrics if "held-out/reward" in row]
+    best, last = max(evaluations, key=lambda row: row["held-out/reward"]), metrics[-1]
+    names = {"reward": "reward: logit of R_c", "R_s": "safety score R_s", "R_h": "helpfulness score R_h",
+             "true/helpfulness": "true helpfulness, harmless prompts", "true/safety": "true safety, unsafe prompts"}
+    rows = [[text, *(f"{row[f'held-out/{name}']:.3f}" for row in (evaluations[0], best, evaluations[-1]))]
+            for name, text in names.items() if f"held-out/{name}" in best]
+    return [f"<h2>PPO, {html.escape(str(run))} (§3.2.3)</h2>",
+            f"<p>From {html.escape(settings['init'])}: {last['step']} iterations of {settings['batch_size']} prompts in "
+            f"{last['seconds']:.0f} s, β {settings['kl_coef']:g}; the KL divergence from the start is {last['kl']:.2f} nats an answer. "
+            "<span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
+            "<p>The reward models are what is optimised, so that their scores must rise, and prove nothing. The annotators of the tiny "
+            "world were never asked while it learned: where their scores fall as the reward rises, it is over-optimised.</p>",
+            table(["sampled answers to held-out prompts", "before", f"best reward, iteration {best['step']}", "last"], rows),
+            picture(run / "ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration"),
+            "<p>The same prompts, answered before and after:</p>", *samples(run)]
+
+
 SECTIONS = {"pretrain": pretrain_section, "sft": sft_section, "collect": collect_section, "reward": reward_section,
-            "rewards": rewards_section}  # in the paper's order
+            "rewards": rewards_section, "ppo": ppo_section}  # in the paper's order
 RESULTS = ("metrics.jsonl", "helpfulness.jsonl", "safety.jsonl", "rewards.json")  # a run with none of them is unfinished
 
 

@@ -20,7 +20,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -155,28 +155,29 @@ def score_rows(model: nn.Module, rows: list[list[int]], batch_tokens: int = 2**1
     """
     device = ranks.device if ranks else model.output.weight.device
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    batches: list[list[int]] = [[]]
-    for i in order:
-        if len(rows[i]) * (len(batches[-1]) + 1) > batch_tokens and batches[-1]:
+    places = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}  # of samples, many are equal
+    order = sorted(places, key=len)
+    batches: list[list[tuple]] = [[]]
+    for row in order:
+        if len(row) * (len(batches[-1]) + 1) > batch_tokens and batches[-1]:
             batches.append([])
-        batches[-1].append(i)
-    scores = torch.zeros(len(rows), dtype=torch.double, device=device)
+        batches[-1].append(row)
+    scores = torch.zeros(len(places), dtype=torch.double, device=device)
     for first in range(0, len(batches), world_size):  # every rank does equally many forward passes
         batch = batches[first + rank] if first + rank < len(batches) else []
-        tokens, lengths = padded([rows[i] for i in batch] or [[0]])
+        tokens, lengths = padded(batch or [(0,)])
         found = model(tokens.to(device), lengths.to(device)).double()  # (batch,)
-        scores[batch] = found[: len(batch)]
+        scores[[places[row] for row in batch]] = found[: len(batch)]
     if ranks:
         model.reshard()  # without a backward pass the root would stay whole
         dist.all_reduce(scores)
-    return scores.cpu().numpy()
+    return scores.cpu().numpy()[[places[tuple(row)] for row in rows]]
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of ids as tokens (rows, seq), filled up on the right with 0, and their lengths (rows,)."""
     width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), torch.tensor([len(row) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------- comparisons

@@ -44,9 +44,10 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
                  "--test_pairs", "3", "--max_new_tokens", "8"], None),
     "reward": (reward.main, reward.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/pairs.jsonl",
                                               "--rest", "{base}/pairs.jsonl", "--seq_len", "64"], reward.RewardModel),
-    "ppo": (rlhf.ppo, rlhf.Ppo, [*TRAIN, "--init", "{base}/base/out", "--helpfulness", "{base}/judge/out", "--safety",
-                                 "{base}/judge/out", "--mini_batch", "2", "--critic_warmup", "1", "--lr", "1e-3", "--adaptive_kl",
-                                 "--max_new_tokens", "6", "--seq_len", "40", "--eval_prompts", "4", "--patience", "9"], Transformer),
+    "ppo": (rlhf.ppo, rlhf.Ppo,
+            [*TRAIN, "--init", "{base}/base/out", "--helpfulness", "{base}/judge/out", "--harmlessness", "{base}/judge/out",
+             "--threshold", "0.2", "--mini_batch", "2", "--critic_warmup", "1", "--lr", "1e-3", "--adaptive_kl",
+             "--max_new_tokens", "6", "--seq_len", "40", "--eval_prompts", "4", "--patience", "9"], Transformer),
 }
 MADE = {"base": "pretrain", "judge": "reward"}  # what a stage starts from: folder and stage
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}

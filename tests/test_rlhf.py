@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 import pretrain
 import toy
@@ -278,7 +277,7 @@ def folders(tmp_path_factory):
 
 
 def flags(folders, out, *more):
-    return ["--init", str(folders / "chat"), "--helpfulness", str(folders / "helpfulness"), "--safety", str(folders / "safety"), "--out",
+    return ["--init", str(folders / "chat"), "--helpfulness", str(folders / "helpfulness"), "--harmlessness", str(folders / "safety"), "--threshold", "0.15", "--out",
             str(out), "--preset", "toy-s", "--device", "cpu", "--threads", "1", "--batch_size", "12", "--mini_batch", "6",
             "--micro_batch", "2", "--seq_len", "80", "--max_new_tokens", "24", "--eval_prompts", "6", *map(str, more)]
 
@@ -426,9 +425,9 @@ def test_the_combined_reward_reads_the_sampled_ids_and_takes_safety_where_the_pr
         r_h, r_s = ([sigmoid(judge(torch.tensor([row]), torch.tensor([len(row)])).item()) for row in rows] for judge in judges.values())
     by_hand = [s if prompt["unsafe"] or s < 0.15 else h for s, h, prompt in zip(r_s, r_h, prompts)]
     assert {prompt["unsafe"] for prompt in prompts} == {True, False}
-    combined, figures = score_answers(models, prompts, ids, answers, settings, ranks)
+    combined, figures = score_answers(models, prompts, ids, answers, 0.15, settings, ranks)
     assert combined.tolist() == pytest.approx(by_hand, abs=1e-5) and figures["R_h"] == pytest.approx(np.mean(r_h), abs=1e-5)
-    helpful, _ = score_answers(models, prompts, ids, answers, replace(settings, piecewise=False), ranks)
+    helpful, _ = score_answers(models, prompts, ids, answers, 0.15, replace(settings, piecewise=False), ranks)
     assert helpful.tolist() == pytest.approx(r_h, abs=1e-5)
 
 
@@ -554,7 +553,7 @@ def test_prompts_come_from_a_file_epoch_by_epoch_each_once_and_some_are_held_out
 @pytest.mark.parametrize("more, words", [
     (["--mini_batch", "5"], "multiple of --mini_batch"), (["--temperature", "0"], "--temperature above 0"),
     (["--seq_len", "500"], "160, the model's context"), (["--max_new_tokens", "80"], "--max_new_tokens 80"),
-    (["--safety", "nowhere"], "nowhere"), (["--prompts", "nowhere.jsonl"], "nowhere.jsonl")])
+    (["--harmlessness", "nowhere"], "nowhere"), (["--prompts", "nowhere.jsonl"], "nowhere.jsonl")])
 def test_bad_input_is_one_sentence(folders, tmp_path, capsys, monkeypatch, more, words):
     monkeypatch.setattr(sys, "argv", ["rlhf.py"])
     from rlhf import ppo
