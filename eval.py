@@ -287,10 +287,10 @@ def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             for name, text in names.items() if f"held-out/{name}" in best]
     return [f"<h2>PPO, {html.escape(str(run))} (§3.2.3)</h2>",
             f"<p>From {html.escape(settings['init'])}: {last['step']} iterations of {settings['batch_size']} prompts in "
-            f"{last['seconds']:.0f} s, β {settings['kl_coef']:g}; the KL divergence from the start is {last['kl']:.2f} nats an answer. "
+            f"{last['seconds']:.0f} s, β {settings['kl_coef']:g}; in the last, {last['kl']:.2f} nats an answer from the start. "
             "<span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
-            "<p>The reward models are what is optimised, so that their scores must rise, and prove nothing. The annotators of the tiny "
-            "world were never asked while it learned: where their scores fall as the reward rises, it is over-optimised.</p>",
+            "<p>Scores of the reward models must rise, since they are what is optimised, and prove nothing. The annotators of "
+            "the tiny world were not asked while it learned: where the truth falls as the reward rises, it is over-optimised.</p>",
             table(["sampled answers to held-out prompts", "before", f"best reward, iteration {best['step']}", "last"], rows),
             picture(run / "ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration"),
             "<p>The same prompts, answered before and after:</p>", *samples(run)]
