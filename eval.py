@@ -290,7 +290,7 @@ def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             f"{last['seconds']:.0f} s, β {settings['kl_coef']:g}; in the last, {last['kl']:.2f} nats an answer from the start. "
             "<span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
             "<p>Scores of the reward models must rise, since they are what is optimised, and prove nothing. The annotators of "
-            "the tiny world were not asked while it learned: where the truth falls as the reward rises, it is over-optimised.</p>",
+            "the tiny world were not asked meanwhile: where the truth falls as the reward rises, it is over-optimised.</p>",
             table(["sampled answers to held-out prompts", "before", f"best reward, iteration {best['step']}", "last"], rows),
             picture(run / "ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration"),
             "<p>The same prompts, answered before and after:</p>", *samples(run)]
