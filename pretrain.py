@@ -888,8 +888,10 @@ def parent_of(folder: str) -> Parent:
 
         return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder), fill)
     if not Path(folder).is_dir():
-        maker = {"pretrain": "; make it with `python pretrain.py`", "sft": "; make it with `python sft.py`"}
-        raise InputError(f"{folder}: there is no such folder{maker.get(Path(folder).name, '')}")
+        makers = {"pretrain": "pretrain.py", "sft": "sft.py", "reward-helpfulness": "reward.py --kind helpfulness",
+                  "reward-safety": "reward.py --kind safety", "rlhf-v1": "rlhf.py", "rlhf-v2": "rlhf.py --version 2"}
+        maker = makers.get(Path(folder).name)
+        raise InputError(f"{folder}: there is no such folder" + (f"; make it with `python {maker}`" if maker else ""))
     config, weight_of, tokenizer = read_any(folder)
     files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]

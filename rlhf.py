@@ -865,7 +865,11 @@ def ptx_rows(settings: Ppo, parent: Parent, ranks: Ranks) -> Mixture:
     parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
     tokenizer = Tokenizer(parent.tokenizer)
     with rank_0_first(ranks):
-        return Mixture(parts, settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
+        rows = Mixture(parts, settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
+    if rows.n_rows < settings.mini_batch:
+        raise InputError(f"--ptx_data {' '.join(settings.ptx_data)}: {rows.n_rows} rows of {settings.seq_len} tokens are fewer "
+                         f"than a mini-batch of {settings.mini_batch}; give more text")
+    return rows
 
 
 def ppo(settings: Ppo) -> None:
@@ -929,8 +933,9 @@ def ppo(settings: Ppo) -> None:
             return zlib.crc32(f"{settings.seed} {purpose}".encode())
 
         def write(figures: dict) -> None:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
             if log:
-                log.write(json.dumps({"step": state["step"], **figures}) + "\n")
+                log.write(json.dumps({"step": state["step"], **finite}) + "\n")
 
         if state["step"] == 0:
             write(evaluate())

@@ -47,7 +47,8 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
     "ppo": (rlhf.ppo, rlhf.Ppo,
             [*TRAIN, "--init", "{base}/base/out", "--helpfulness", "{base}/judge/out", "--harmlessness", "{base}/judge/out",
              "--threshold", "0.2", "--mini_batch", "2", "--critic_warmup", "1", "--lr", "1e-3", "--adaptive_kl",
-             "--max_new_tokens", "6", "--seq_len", "40", "--eval_prompts", "4", "--patience", "9"], Transformer),
+             "--max_new_tokens", "6", "--seq_len", "40", "--eval_prompts", "4", "--patience", "9", "--ptx_coef", "0.1",
+             "--ptx_data", "{base}/farm.txt"], Transformer),
 }
 MADE = {"base": "pretrain", "judge": "reward"}  # what a stage starts from: folder and stage
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
