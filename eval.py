@@ -2,17 +2,19 @@
 
     python eval.py facts out/pretrain                       # does the model know the world, or the web's myths?
     python eval.py facts out/up-* --against out/crawled-*   # the same, paired, with an interval of the difference
+    python eval.py versions out/rlhf-v1 out/rlhf-v2         # win rates against out/sft, by the reward models and by the truth
     python eval.py report                                   # out/report.html, one file, no network
 """
 import base64
 import html
+import importlib.util
 import json
 import math
 import re
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,8 +23,12 @@ import torch
 
 import toy
 from model import IGNORE, Transformer, generate
-from pretrain import InputError, command_line, interval, load_model, read_config, replace_file
-from reward import RATINGS, SAFETY, read_pairs
+from pretrain import (COLOURS, InputError, Ranks, command_line, interval, load_model, locked, read_config, replace_file, start,
+                      tiny_world, world_of)
+from reward import RATINGS, SAFETY, load_speakers, read_pairs, win_rate
+from reward import picture as axes_of
+from rlhf import Judges, load_judges
+from sft import toy_messages
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- likelihoods
@@ -46,8 +52,8 @@ def continuation_log_probs(model: Transformer, tokenizer: Tokenizer, pairs: list
     encoded = [encode_pair(tokenizer, *pair) for pair in pairs]
     order = sorted(range(len(pairs)), key=lambda i: len(encoded[i][0]))
     result = np.zeros(len(pairs))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
         width = max(len(encoded[i][0]) for i in batch)
         tokens = torch.zeros(len(batch), width, dtype=torch.long)
         targets = torch.full((len(batch), width), IGNORE)
@@ -132,6 +138,117 @@ def interval_of_runs(values: np.ndarray, draws: int = 2000) -> tuple[float, floa
     runs, facts = (rng.integers(n, size=(draws, n)) for n in values.shape)
     means = [values[np.ix_(r, f)].mean() for r, f in zip(runs, facts)]
     return tuple(np.percentile(means, [2.5, 97.5]))
+
+
+# ---------------------------------------------------------------------------------------------- versions side by side
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Chat models against one that stays the same, on held-out prompts, by the reward models and by the truth (Figure 11)."""
+    runs: tuple[str, ...] = ("out/rlhf-v1",)  # the models, oldest first
+    against: str = "out/sft"  # the model that all are compared with | ChatGPT
+    helpfulness: str = "out/reward-helpfulness"  # reward model of helpfulness
+    harmlessness: str = "out/reward-safety"  # reward model of safety
+    n_prompts: int = 2000  # distinct harmless prompts of the tiny world; the unsafe ones are all there are | 584 and 1,586
+    max_new_tokens: int = 64  # longest answer
+    out: str = "out/versions"  # folder of the table and the picture
+    world: int | None = None  # seed of the tiny world; by default that of --against
+    seed: int = 0  # seed of the prompts
+    device: str = "auto"  # cpu, cuda, or auto
+    threads: int = 0  # CPU threads; 0: all cores
+    replicas: int = 1  # not used here
+    resume: bool = True  # not used here: greedy answers take seconds
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+    POSITIONAL: ClassVar[str] = "runs"
+
+
+def versions(settings: Versions) -> None:
+    """Write OUT/versions.json and versions.png; print win rates, true scores, and what got better and worse by kind."""
+    ranks = start(settings)
+    world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
+    harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
+    unsafe = [prompt for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, "test", attack)]
+    prompts, kinds = harmless + unsafe, np.array([prompt["kind"] for prompt in harmless])
+    judges = load_judges(settings.helpfulness, settings.harmlessness, ranks)
+    with locked(settings.out, ranks):
+        out = Path(settings.out)
+        (out / "answers").mkdir(exist_ok=True)
+        seen = {run: greedy_scores(run, prompts, world, judges, settings, ranks) for run in (settings.against, *settings.runs)}
+        theirs, found = seen[settings.against], {}
+        h, s = slice(0, len(harmless)), slice(len(harmless), None)
+        for run, ours in seen.items():
+            better = ours["helpfulness"][h] - theirs["helpfulness"][h]
+            found[run] = {
+                "true helpfulness": interval(ours["helpfulness"][h]), "true safety": interval(ours["safety"][s]),
+                "violations": interval(ours["violation"][s]), "refused unsafe": interval(ours["refusal"][s]),
+                "refused borderline": interval(ours["refusal"][h][kinds == "border"]), "gain": interval(better),
+                "wins, helpfulness": {"truth": win_rate(ours["helpfulness"][h], theirs["helpfulness"][h]),
+                                      "reward models": win_rate(ours["R_h"][h], theirs["R_h"][h])},
+                "wins, harmlessness": {"truth": win_rate(ours["safety"][s], theirs["safety"][s]),
+                                       "reward models": win_rate(ours["R_s"][s], theirs["R_s"][s])},
+                "gain by kind": {kind: interval(better[kinds == kind]) for kind in np.unique(kinds).tolist()},
+                "words": float(ours["words"][h].mean())}
+        gains = np.array([seen[run]["helpfulness"][h] - theirs["helpfulness"][h] for run in settings.runs])
+        pooled = {"gain": [float(gains.mean()), *interval_of_runs(gains)]}
+        config = {"stage": "versions", "settings": asdict(settings), "model": {}, "threads": ranks.threads}
+        replace_file(out / "config.json", json.dumps(config, indent=1).encode())
+        replace_file(out / "versions.json", json.dumps({"runs": found, "pooled": pooled}).encode())
+        print_versions(found, pooled, len(harmless), len(unsafe))
+        draw_versions(found, settings, out)
+
+
+def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judges, settings: Versions,
+                  ranks: Ranks) -> dict[str, np.ndarray]:
+    """What the annotators and the reward models say of a model's greedy answers: name → (prompts,)."""
+    speaker = load_speakers([run], ranks)[0]
+    asked = [speaker.prompt_ids(toy_messages(prompt)) for prompt in prompts]
+    said = generate(speaker.model, asked, settings.max_new_tokens, temperature=0, stop=(speaker.tokenizer.eos_id,))
+    texts = [speaker.tokenizer.decode(ids).strip() for ids in said]
+    r_h, r_s = judges.score([before + ids for before, ids in zip(asked, said)])
+    lines = [json.dumps({"prompt": prompt["prompt"], "answer": text}) + "\n" for prompt, text in zip(prompts, texts)]
+    replace_file(Path(settings.out, "answers", re.sub(r"\W+", "-", run).strip("-") + ".jsonl"), "".join(lines).encode())
+    judged = {"helpfulness": [toy.helpfulness(world, prompt, text) for prompt, text in zip(prompts, texts)],
+              "safety": [toy.safety(world, prompt, text) for prompt, text in zip(prompts, texts)],
+              "violation": [toy.is_violation(text) for text in texts], "refusal": [toy.is_refusal(text) for text in texts],
+              "words": [len(toy.words(text)) for text in texts]}
+    return {name: np.array(values, float) for name, values in judged.items()} | {"R_h": r_h, "R_s": r_s}
+
+
+def print_versions(found: dict[str, dict], pooled: dict, n_harmless: int, n_unsafe: int) -> None:
+    """The tables of `versions`: each figure with its 95 % interval over prompts."""
+    show = lambda value: "{:.3f} [{:.3f}, {:.3f}]".format(*value[:3])  # noqa: E731
+    print(f"{n_harmless:,} harmless and {n_unsafe:,} unsafe prompts, greedy answers")
+    for name in ("true helpfulness", "gain", "wins, helpfulness", "true safety", "wins, harmlessness", "violations",
+                 "refused unsafe", "refused borderline"):
+        for run, figures in found.items():
+            value = figures[name]
+            text = "; ".join(f"{judge} {show(rate)}" for judge, rate in value.items()) if isinstance(value, dict) else show(value)
+            print(f"{name:20} {run:30} {text}")
+    for run, figures in found.items():
+        sure = {kind: gain for kind, gain in figures["gain by kind"].items() if gain[1] > 0 or gain[2] < 0}
+        for word, sign in (("better", 1), ("worse", -1)):
+            kinds = ["{} {:+.3f} [{:+.3f}, {:+.3f}]".format(kind, *gain) for kind, gain in sure.items() if gain[0] * sign > 0]
+            if kinds:
+                print(f"{word:20} {run:30} {', '.join(kinds)}")
+    print("gain of all runs together, over runs and prompts: {:+.3f} [{:+.3f}, {:+.3f}]".format(*pooled["gain"]))
+
+
+def draw_versions(found: dict[str, dict], settings: Versions, out: Path) -> None:
+    """versions.png: win rate on helpfulness and on harmlessness, by each judge, version after version (Figure 11)."""
+    if not importlib.util.find_spec("matplotlib"):
+        print("no picture: `pip install matplotlib` draws it")
+        return
+    with axes_of(out / "versions.png", f"Against {settings.against} (Figure 11)", "helpfulness: wins, %",
+                 "harmlessness: wins, %") as axes:
+        for judge, colour in (("reward models", COLOURS[0]), ("truth", COLOURS[1])):
+            points = [[100 * figures[f"wins, {axis}"][judge][0] for axis in ("helpfulness", "harmlessness")]
+                      for figures in found.values()]
+            axes.plot(*zip(*points), "o-", color=colour, label=f"judged by the {judge}")
+            for run, (x, y) in zip(found, points):
+                axes.annotate(Path(run).name, (x, y), fontsize=8, textcoords="offset points", xytext=(4, 4))
+        axes.axhline(50, color="0.7", lw=0.8), axes.axvline(50, color="0.7", lw=0.8)
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -277,6 +394,59 @@ def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
     return parts
 
 
+def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on the versions: win rates, true scores, what got better and worse (Figure 11)."""
+    found = json.loads((run / "versions.json").read_text())["runs"]
+    show = lambda value: "{:.3f} [{:.3f}, {:.3f}]".format(*value[:3])  # noqa: E731
+    names = ("true helpfulness", "true safety", "violations", "refused unsafe", "refused borderline")
+    rows = [[name, *(show(figures[name]) for name in names)] for name, figures in found.items()]
+    wins = [[name, *(show(figures[f"wins, {axis}"][judge]) for axis in ("helpfulness", "harmlessness")
+                     for judge in ("reward models", "truth"))] for name, figures in found.items()]
+    kinds = list(next(iter(found.values()))["gain by kind"])
+    by_kind = [[name, *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*figures["gain by kind"][kind]) for kind in kinds)]
+               for name, figures in found.items()]
+    return [f"<h2>The versions against {html.escape(settings['against'])} (§3.4.1, Figure 11)</h2>",
+            f"<p>Greedy answers to {settings['n_prompts']:,} held-out harmless prompts and to every held-out unsafe one under "
+            "every attack. From version to version both win rates should rise; where the reward models see a gain and the truth "
+            "does not, the model has learnt to please them. <code>python eval.py versions</code> <span class=note>The paper, "
+            "judged by its own reward models against ChatGPT: helpfulness 39 → 78 %, harmlessness 22 → 76 % from the first SFT "
+            "model to V5.</span></p>",
+            table(["wins / (wins + losses)", "helpfulness, reward model", "truth", "harmlessness, reward model", "truth"], wins),
+            picture(run / "versions.png", "win rates of the versions"), table(["mean of the answers", *names], rows),
+            "<p>Not every skill gains: the paper's third version rhymed worse than its second.</p>",
+            table(["gain in true helpfulness", *kinds], by_kind)]
+
+
+def rlhf_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on one version by rejection sampling: the survey before and after, samples of the pool."""
+    first, last = metrics[0], metrics[-1]
+    surveyed = {name: "{:.3f}  [{:.3f}, {:.3f}]" for name, value in last.items() if isinstance(value, list)}
+    pool = [json.loads(line) for line in (run / "pool.jsonl").read_text().splitlines()]
+    shown = [f"{row['prompt'][-1]['content']} → {row['response']}  (R_c {row['score']:.2f}, V{row['version']})"
+             for row in pool[:8]]
+    return [f"<h2>Rejection sampling, version {settings['version']}, {html.escape(str(run))} (§3.2.3)</h2>",
+            f"<p>{settings['n_samples']} answers to each prompt by {html.escape(settings['policy'])} at temperature "
+            f"{settings['temperature']}, the {settings['select']} of them learned: {len(pool):,} answers.</p>",
+            table(["asked of the tiny world", "before", "after"],
+                  [[name, *(form.format(*row[name]) for row in (first, last))] for name, form in surveyed.items()]),
+            "<p>What was learned from:</p>", f"<pre>{html.escape(chr(10).join(shown))}</pre>"]
+
+
+def curves_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on best of N: Figures 7 and 8."""
+    found = json.loads((run / "curves.json").read_text())
+    rows = [[one["run"], one["temperature"], f"{one['median'][0]:.3f}",
+             *(f"{best[0]:.3f}" + (f", {one['truth'][i][0]:.3f}" if "truth" in one else "") for i, best in enumerate(one["max"]))]
+            for one in found]
+    pictures = [picture(run / f"temperatures-{i}.png", "reward against N") for i in range(len(settings["runs"]))]
+    return ["<h2>The best of N answers (§3.2.3, Figures 7 and 8)</h2>",
+            "<p>The highest reward rises with N while the median stays: that gap is what fine-tuning on the best can gain. The "
+            "hotter, the more it rises; but the truth (dashed, second number) turns down where the reward model is led astray."
+            "</p>",
+            table(["R_c of the best, its truth", "T", "median", *(f"N = {n}" for n in found[0]["n"])], rows),
+            picture(run / "best-of-n.png", "highest and median reward against N"), *pictures]
+
+
 def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one PPO run: the held-out prompts before, at the best evaluation and at the last; ppo.png."""
     evaluations = [row for row in metrics if "held-out/reward" in row]
@@ -297,8 +467,10 @@ def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
 
 
 SECTIONS = {"pretrain": pretrain_section, "sft": sft_section, "collect": collect_section, "reward": reward_section,
-            "rewards": rewards_section, "ppo": ppo_section}  # in the paper's order
-RESULTS = ("metrics.jsonl", "helpfulness.jsonl", "safety.jsonl", "rewards.json")  # a run with none of them is unfinished
+            "rewards": rewards_section, "curves": curves_section, "rlhf": rlhf_section,
+            "ppo": ppo_section, "versions": versions_section}  # in the paper's order
+RESULTS = ("metrics.jsonl", "helpfulness.jsonl", "safety.jsonl", "rewards.json", "curves.json",
+           "versions.json")  # a run with none of them is unfinished
 
 
 @dataclass(frozen=True)
@@ -329,7 +501,7 @@ def report(settings: Report) -> None:
     print(f"{settings.out}/report.html")
 
 
-COMMANDS = {"facts": (facts, Facts), "report": (report, Report)}
+COMMANDS = {"facts": (facts, Facts), "versions": (versions, Versions), "report": (report, Report)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

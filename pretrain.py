@@ -370,7 +370,9 @@ def spool_stdin(settings, ranks: Ranks) -> str:
 
 
 def file_fingerprint(file: str) -> str:
-    """A hash of a file's size and of its first and last megabyte: enough to notice another file."""
+    """A hash of a file's size and of its first and last megabyte: enough to notice another file. InputError if there is none."""
+    if not os.path.isfile(file):
+        raise InputError(f"{file}: there is no such file")
     size = os.path.getsize(file)
     with open(file, "rb") as f:
         head = f.read(2**20)
@@ -915,6 +917,7 @@ def save_model(model: Transformer, out: str, tokenizer: str) -> None:
     config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
     replace_file(Path(out, "config.json"), json.dumps(config, indent=1).encode())
     dist.destroy_process_group()
+    cpu_group.cache_clear()  # it went with the others
 
 
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:

@@ -799,12 +799,14 @@ def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
 
 def file_prompts(file: str) -> list[dict]:
     """The prompts of a file; InputError names a bad line."""
+    if not Path(file).is_file():
+        raise InputError(f"{file}: there is no such file")
     found = []
     for place, record in read_rows(file):
         try:
-            if not isinstance(record, dict) or dialog_turns(toy_messages(record))[-1][1] is not None:
+            if not isinstance(record, dict) or "prompt" not in record or dialog_turns(toy_messages(record))[-1][1] is not None:
                 raise InputError('needs a "prompt", a text or messages of which the user has the last')
-        except (KeyError, TokenizerError, InputError) as error:
+        except (TokenizerError, InputError) as error:
             raise InputError(f"{place}: {error}") from None
         found.append(record)
     return found

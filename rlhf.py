@@ -503,6 +503,7 @@ class Ppo(Common):
     out: str = ""  # folder of this run, else INIT-ppo; started again, it goes on where it stopped
     prompts: str = ""  # .jsonl of {"prompt": text or messages, "unsafe": true or false}; else prompts of the tiny world
     world: int | None = None  # seed of the tiny world; by default that of --init
+    unsafe: float = 0.25  # share of unsafe prompts of the tiny world
     steps: int | None = None  # iterations: sample, score, learn | 200 to 400
     lr: float | None = None  # learning rate of the policy | 1e-6
     critic_lr: float | None = None  # learning rate of the critic | not stated
@@ -815,7 +816,7 @@ def load_prompts(settings: Ppo) -> tuple[list[dict], list[dict]]:
     """(to learn from, held out). Of a file, one prompt in twenty is held out; of the tiny world, the first are made as needed."""
     if not settings.prompts:
         world = tiny_world(settings.world)
-        return [], toy_prompts(world, settings.eval_prompts, settings.seed, "test")
+        return [], toy_prompts(world, settings.eval_prompts, settings.seed, "test", settings.unsafe)
     found, held = held_out(file_prompts(settings.prompts))
     if not found or not held:
         raise InputError(f"--prompts {settings.prompts}: so few prompts leave none to {'learn from' if held else 'hold out'}")
@@ -825,7 +826,8 @@ def load_prompts(settings: Ppo) -> tuple[list[dict], list[dict]]:
 def prompts_at(found: list[dict], iteration: int, settings: Ppo) -> list[dict]:
     """The prompts of an iteration, by its number alone: those found, in a new order each epoch, else of the tiny world."""
     if not found:
-        return toy_prompts(tiny_world(settings.world), settings.batch_size, f"{settings.seed}/{iteration}")
+        seed = f"{settings.seed}/{iteration}"
+        return toy_prompts(tiny_world(settings.world), settings.batch_size, seed, unsafe=settings.unsafe)
     numbers = np.arange((iteration - 1) * settings.batch_size, iteration * settings.batch_size)
     return [found[permute(np.array([number % len(found)]), len(found), settings.seed + number // len(found))[0]]
             for number in numbers.tolist()]
@@ -974,13 +976,13 @@ def ppo(settings: Ppo) -> None:
                     sys.exit(128 + (caught or [signal.SIGTERM])[0])
         bar.close()
         if ranks.rank == 0:
-            report(out, state)
+            report_ppo(out, state)
 
 
 BAR = {"reward": "reward", "KL": "kl", "length": "length", "cut": "truncated", "true": "true/helpfulness"}
 
 
-def report(out: Path, state: dict) -> None:
+def report_ppo(out: Path, state: dict) -> None:
     """Print the held-out figures before the first iteration and of the best policy, and draw ppo.png."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evaluations = {row["step"]: row for row in rows if "held-out/reward" in row}
