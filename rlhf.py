@@ -953,7 +953,6 @@ def ppo(settings: Ppo) -> None:
                 clock.append(time.perf_counter())
                 learned = learn(models, optimizers, batch, state["step"], texts, settings, ranks, bool(caught))
                 clock.append(time.perf_counter())
-                clock.append(time.perf_counter())
                 interrupted = learned.pop("interrupted/critic") > 0
                 times = {f"seconds/{name}": seconds for name, seconds in zip(("sampling", "scoring", "training"), np.diff(clock))}
                 figures |= measured | learned | truth(prompts, answers) | {"kl_coef": state["kl_coef"]}
@@ -1011,8 +1010,8 @@ def draw_ppo(out: Path, rows: list[dict]) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
     for axis, (label, names) in zip(axes.flat, panels):
         for name, colour in zip(names, COLOURS):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axis.plot(*zip(*points), "o-" if name.startswith("held-out") else "-", ms=4, color=colour, label=name)
+            steps, values = zip(*[(row["step"], row[name]) for row in rows if row.get(name) is not None] or [((), ())])
+            axis.plot(steps, values, "o-" if name.startswith("held-out") else "-", ms=4, color=colour, label=name)
         axis.set(xlabel="iteration", ylabel=label)
         axis.legend()
     figure.savefig(out / "ppo.png", dpi=150)
