@@ -776,7 +776,7 @@ def make_batch(models: Models, ids: list[list[int]], answers: list[list[int]], r
     rewards = token_rewards(scores, log_probs, reference, mask, kl_coef)
     advantages, returns = gae(rewards, values, mask, settings.gamma, settings.lam)
     k1, k3 = (k.where(mask, 0).sum(1).mean().item() for k in kl_estimates(log_probs, reference))
-    figures = {"kl": k1, "kl_k3": k3, "entropy": -log_probs[mask].mean().item(),  # the mean of -log π under π is its entropy
+    figures = {"kl": k1, "kl_k3": k3, "entropy": -log_probs[mask].mean().item(),  # -log π of its own samples: entropy on average
                "explained_variance": 1 - ((returns - values)[mask].var() / returns[mask].var()).item(),
                "length": mask.sum(1).double().mean().item(), "truncated": 1 - finished.double().mean().item()}
     return {"inputs": inputs, "targets": targets, "log_probs": log_probs, "values": values,
@@ -1004,7 +1004,7 @@ def draw_ppo(out: Path, rows: list[dict]) -> None:
         print("no ppo.png: `pip install matplotlib` draws it")
         return
     panels = [("logit of R_c", ["reward", "held-out/reward"]),
-              ("score, 0 to 1", ["R_s", "R_h", "true/helpfulness", "true/safety"]),
+              ("score, 0 to 1", ["R_s", "R_h", "true/safety", "true/helpfulness", "held-out/true/helpfulness"]),
               ("KL to the start (nats an answer)", ["kl", "kl_k3"]), ("entropy (nats a token)", ["entropy"]),
               ("share", ["clipped/policy", "truncated", "explained_variance"]), ("answer length (tokens)", ["length"])]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
