@@ -464,7 +464,7 @@ def draw_curves(found: list[dict], out: Path) -> None:
             best = max((one for one in found if one["run"] == run), key=lambda one: one["max"][-1][0])
             whiskers(axes, best["n"], best["max"], colour, f"{run}, T = {best['temperature']}, highest")
             axes.axhline(best["median"][0], color=colour, ls=":", label="median")
-        axes.set_xscale("log", base=2)
+        count_samples(axes, best["n"])
     for i, run in enumerate(runs):
         title = f"{run} (Figure 8); dashed: the truth"
         with picture(out / f"temperatures-{i}.png", title, "N, samples", "R_c of the best") as axes:
@@ -472,7 +472,13 @@ def draw_curves(found: list[dict], out: Path) -> None:
                 whiskers(axes, one["n"], one["max"], colour, f"T = {one['temperature']}")
                 if "truth" in one:
                     axes.plot(one["n"], [mean for mean, _, _ in one["truth"]], "--", color=colour)
-            axes.set_xscale("log", base=2)
+            count_samples(axes, one["n"])
+
+
+def count_samples(axes, sizes: list[int]) -> None:
+    """Put 1, 2, 4 … on the x axis, each as far from the next."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, map(str, sizes))
 
 
 # ---------------------------------------------------------------------------------------------- PPO
