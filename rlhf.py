@@ -543,7 +543,7 @@ class Ppo(Common):
                    eval_every=20, save_every=20, eval_prompts=512, patience=5, checkpointing=True)
         for name, config in PRESETS.items() if not name.startswith("toy")
     } | {
-        name: dict(lr=5e-5, critic_lr=2e-4, batch_size=64, mini_batch=16, micro_batch=8, steps=80, critic_warmup=5,
+        name: dict(lr=5e-5, critic_lr=2e-4, batch_size=64, mini_batch=16, micro_batch=8, steps=60, critic_warmup=5,
                    kl_coef=0.1, seq_len=256, max_new_tokens=64, eval_every=10, save_every=10, eval_prompts=192, patience=4,
                    checkpointing=False)
         for name in PRESETS if name.startswith("toy")  # toy values: our choice
