@@ -316,10 +316,12 @@ def test_the_first_ratio_is_one_on_every_micro_batch_that_is_trained_on(models, 
     *_, batch, figures = rollout(models, tokenizer, settings, ranks)
     seen = 0
     for rows in sum(deal(batch["targets"], settings, ranks), []):
-        inputs, targets, old = take([batch[name] for name in ("inputs", "targets", "log_probs")], rows)
+        part = inputs, targets, old, advantages = take([batch[name] for name in ("inputs", "targets", "log_probs", "advantages")], rows)
         new = models.policy(inputs, targets, temperature=settings.temperature)
         assert (new - old).abs().max() < 1e-6
-        seen += (targets != IGNORE).sum()
+        loss, count, logs = policy_step_loss(models.policy, part, settings, 0.0)
+        assert loss.item() == pytest.approx(-advantages.sum().item(), abs=1e-4) and logs["clipped"] == 0
+        seen += count
     assert seen == (batch["targets"] != IGNORE).sum() and figures["kl"] == pytest.approx(0, abs=1e-6)
 
 
