@@ -867,6 +867,13 @@ def in_parts(out: Path, name: str, n: int, batch_size: int, make: Callable[[rang
     return [row for part in parts for row in json.loads(part.read_text())] if ranks.rank == 0 else []
 
 
+def finished_lines(file: Path) -> list[str]:
+    """The lines of a file that grows line by line; what a stop left behind the last newline, half a line, is cut off."""
+    done = file.read_text().split("\n")[:-1] if file.exists() else []
+    replace_file(file, "".join(line + "\n" for line in done).encode())
+    return done
+
+
 def annotations(rows: list[dict], axis: str, settings: Collect, file: Path) -> list[dict]:
     """What the annotator says of each two answers: {"chosen": 0 or 1, "rejected", "rating", "safety"}; see `toy.annotate`.
 
@@ -875,9 +882,7 @@ def annotations(rows: list[dict], axis: str, settings: Collect, file: Path) -> l
     if settings.annotator == "toy":
         world = tiny_world(settings.world)
         return [toy.annotate(world, row["about"], *row["responses"], axis, settings.seed) for row in rows]
-    done = file.read_text().split("\n")[:-1] if file.exists() else []  # behind the last newline stands half a line at most
-    replace_file(file, "".join(line + "\n" for line in done).encode())
-    labels = [json.loads(line) for line in done]
+    labels = [json.loads(line) for line in finished_lines(file)]
     try:
         with open(file, "a") as f:
             for number, row in enumerate(rows[len(labels) :], len(labels) + 1):
