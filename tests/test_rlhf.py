@@ -322,7 +322,10 @@ def test_the_first_ratio_is_one_on_every_micro_batch_that_is_trained_on(models, 
         loss, count, logs = policy_step_loss(models.policy, part, settings, 0.0)
         assert loss.item() == pytest.approx(-advantages.sum().item(), abs=1e-4) and logs["clipped"] == 0
         seen += count
-    assert seen == (batch["targets"] != IGNORE).sum() and figures["kl"] == pytest.approx(0, abs=1e-6)
+    mask = batch["targets"] != IGNORE
+    assert seen == mask.sum() and figures["kl"] == pytest.approx(0, abs=1e-6)
+    advantages = batch["advantages"][mask]
+    assert (advantages.mean().item(), advantages.std().item()) == pytest.approx((0, 1), abs=1e-4)
 
 
 def test_the_log_probs_that_are_learned_from_are_those_the_samples_were_drawn_with(models, tokenizer, settings, ranks, folders):
