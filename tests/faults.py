@@ -55,6 +55,7 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
              "--threshold", "0.2", "--mini_batch", "2", "--critic_warmup", "1", "--lr", "1e-3", "--adaptive_kl",
              "--max_new_tokens", "6", "--seq_len", "40", "--eval_prompts", "4", "--patience", "9", "--ptx_coef", "0.1",
              "--ptx_data", "{base}/farm.txt"], Transformer),
+    "tasks": (evaluation.tasks, evaluation.Tasks, ["{base}/base/out", "--task", "toy", "--limit", "12", *SMALL], None),
     "judge": (evaluation.judge, evaluation.Judge, [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--judge", "truth",
                                                    "--n_prompts", "6", "--temperature", "1", "--max_new_tokens", "8"],
               None),
@@ -111,7 +112,8 @@ def outcome(stage: str, folder: Path) -> tuple[dict, list]:
     out, kind = folder / "out", STAGES[stage][3]
     weights = pretrain.load_model(out, kind)[0].state_dict() if kind else {}
     lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json", out / "results.json") if path.exists()]
+    names = ("samples.txt", "accuracy.json", "results.json", "tasks.json")
+    texts = [(out / name).read_text() for name in names if (out / name).exists()]
     return weights, [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + texts
 
 
