@@ -915,6 +915,7 @@ def ppo(settings: Ppo) -> None:
         if ranks.rank == 0:
             replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
+            print(f"safety scores below {threshold:.3f} count as unsafe")
             print_settings(settings)
         log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8") if ranks.rank == 0 else None
         bar = tqdm(total=settings.steps, initial=state["step"], unit="iteration", disable=ranks.rank > 0, dynamic_ncols=True)
