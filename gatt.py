@@ -56,7 +56,7 @@ class Settings(Tuning):
     out: str = "out/gatt"  # folder of this run; started again, it goes on where it stopped
     data: tuple[str, ...] = ("toy",)  # dialogues whose users speak, [NAME=]GLOB of .json or .jsonl (.gz); `toy`; `-`
     dialogs: int = 1200  # dialogues of the tiny world
-    long: float = 0.08  # share of them with 20 turns; the others have 1 to 6
+    long: float = 0.1  # share of them with 20 turns; the others have 1 to 6
     constraints: str = "toy"  # toy, the lists of the tiny world; ask, lists that the chat model writes; or a .json file | ask
     resampled: float = 0.5  # share of the dialogues with all answers sampled under the instruction, not the last alone
     reward: str = "out/reward-helpfulness"  # reward model that picks the answer to learn; "" takes the first that ends
@@ -69,7 +69,7 @@ class Settings(Tuning):
     sample_batch: int = 100  # dialogues that are sampled together and kept together: the unit of resume
 
     BY_PRESET: ClassVar[dict[str, dict]] = {  # toy values: our choice
-        name: values | (dict(lr=values["lr"] / 2, adam_eps=1e-5, seq_len=1024, batch_size=1, micro_batch=1, epochs=2, past=0)
+        name: values | (dict(adam_eps=1e-4, seq_len=1024, batch_size=1, micro_batch=1, epochs=2, past=0)
                         if name.startswith("toy") else dict(past=1000))
         for name, values in Tuning.BY_PRESET.items()
     }
@@ -264,8 +264,8 @@ def rows_to_learn(file: Path) -> Iterator[tuple[str, tuple[list[int], list[bool]
 
 # ---------------------------------------------------------------------------------------------- training
 
-# Beside the dialogues of the tiny world. Its stories hold scenes in character, which GAtt's few constraints would overwrite.
-TOY_MIX = ("toy/encyclopedia:0.02", "toy/numbers:0.05", "toy/stories:0.03")
+# Documents beside the dialogues of the tiny world, as in sft.py: our choice.
+TOY_MIX = ("toy/encyclopedia:0.02", "toy/numbers:0.15")
 
 
 def main(settings: Settings) -> None:
@@ -273,6 +273,12 @@ def main(settings: Settings) -> None:
     is_toy = settings.data == ("toy",)
     if settings.check and not (is_toy and settings.constraints == "toy"):
         raise InputError("--check: the rules of the tiny world judge its own dialogues and constraints alone; leave it out")
+    for name in ("long", "resampled", "replay"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise InputError(f"--{name} is a share of the dialogues, from 0 to 1, not {getattr(settings, name)}")
+    for name in ("samples", "sample_batch"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name} must be at least 1, not {getattr(settings, name)}")
     parents = {folder: parent_of(folder) for folder in (settings.init, settings.reward) if folder}
     parent = parents[settings.init]
     if settings.world is None:
@@ -368,8 +374,9 @@ def converse(model: Transformer, prompts: list[list[list[int]]], max_new_tokens:
     return [dialog[:-1] for dialog in answers]
 
 
-def long_dialogs(model: Transformer, tokenizer: Tokenizer, world: toy.World, split: str, turns: int, settings: Test) -> list[dict]:
-    """settings.dialogs dialogues of so many turns on prompts never asked, each under a constraint of the split, its kinds in turn.
+def long_dialogs(model: Transformer, tokenizer: Tokenizer, world: toy.World, split: str, turns: int,
+                 settings: Test) -> list[dict]:
+    """Dialogues of so many turns on prompts never asked, each under one constraint of the split, its kinds in turn.
 
     Rows {"kind", "instruction", "messages"} and, of each turn, "obeys", "helpfulness", and "tokens" up to the answer's end.
     """
@@ -503,8 +510,8 @@ def attention(settings: Map) -> None:
     weights = {folder: attention_weights(model, tokens) for folder, model in models.items()}
     for folder, of_model in weights.items():
         highest = of_model.amax((0, 1))[torch.from_numpy(later)][:, 1:instruction].amax(1)  # (tokens,)
-        print(f"{folder}: the tokens of later answers attend to the instruction with {highest.mean():.3f} on average, the highest "
-              "weight over layers and heads")
+        print(f"{folder}: the tokens of later answers attend to the instruction with {highest.mean():.3f} on average "
+              "(the highest weight over layers and heads)")
     if not importlib.util.find_spec("matplotlib"):
         print("no picture: `pip install matplotlib` draws it")
         return
@@ -515,7 +522,7 @@ def attention(settings: Map) -> None:
     for axes, name, folder in zip(both, ("before", "after"), (settings.before, settings.run)):
         axes.imshow(binned(weights[folder], settings.bin), cmap="magma", vmin=0, vmax=1)
         axes.axvline(instruction / settings.bin - 0.5, color=COLOURS[0], lw=1)
-        axes.set(title=f"{name}: {folder}", xlabel=f"attended to ({settings.bin} tokens a cell; the instruction left of the line)")
+        axes.set(title=f"{name}: {folder}", xlabel=f"attended to, {settings.bin} tokens a cell; left of the line: instruction")
     both[0].set_ylabel("attending")
     figure.savefig(Path(settings.run, "attention.png"), dpi=150)
     plt.close(figure)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import gatt
 import pretrain
 import reward
 import sft
@@ -43,6 +44,9 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
                  "--test_pairs", "3", "--max_new_tokens", "8"], None),
     "reward": (reward.main, reward.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/pairs.jsonl",
                                               "--rest", "{base}/pairs.jsonl", "--seq_len", "64"], reward.RewardModel),
+    "gatt": (gatt.main, gatt.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "256",
+                                        "--reward", "", "--samples", "2", "--max_new_tokens", "64", "--sample_batch", "20",
+                                        "--temperature", "1", "--replay", "0.3", "--sample_tokens", "4"], Transformer),
 }
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}
