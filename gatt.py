@@ -107,11 +107,12 @@ def read_constraints(file: str) -> list[dict]:
     """Constraints [{"kind", "texts", "terse"}] of a .json file; InputError if it holds others."""
     try:
         found = json.loads(Path(file).read_text())
-        assert found and all(isinstance(c["kind"], str) and isinstance(c["terse"], str) and c["texts"]
-                             and all(isinstance(text, str) for text in c["texts"]) for c in found)
-    except (OSError, ValueError, TypeError, KeyError, AssertionError):
+        is_sound = bool(found) and all(isinstance(text, str) for c in found for text in (c["kind"], c["terse"], *c["texts"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        is_sound = False
+    if not is_sound or not all(c["texts"] for c in found):
         raise InputError(f'--constraints {file}: is no .json list of {{"kind": text, "texts": [text, ...], "terse": text}}; '
-                         "mend it, or take toy or ask") from None
+                         "mend it, or take toy or ask")
     return found
 
 
@@ -187,7 +188,8 @@ def synthesize(speaker: Speaker, plans: list[Plan], first: int, settings: Settin
     plans: of numbers first, first + 1, ...; what is drawn depends on a plan's number, the seed and the models alone. The last
     answer under an instruction is the best of `settings.samples` by the reward of the bare exchange. Returns a row of each plan:
     the form that the last answer was "sampled" in and the one to be "trained", as messages, and the latter's "turns" as ids
-    (prompt, answer). If no sample of a turn ends (and obeys, with settings.check), the row is {"id", "dropped": that turn}.
+    (prompt, answer). If a message does not fit the context, or no sample of a turn ends (and obeys, with settings.check), the
+    row is {"id", "dropped": that turn}.
     """
     tokenizer = speaker.tokenizer
     answers: list[list[list[int]]] = [[] for _ in plans]  # ids of each plan's answers so far
@@ -195,16 +197,22 @@ def synthesize(speaker: Speaker, plans: list[Plan], first: int, settings: Settin
     def said(i: int, turn: int) -> str:  # the instruction under which an answer is sampled
         return plans[i].instruction if plans[i].throughout or turn + 1 == len(plans[i].users) else ""
 
-    def read(i: int, turn: int) -> list[int]:  # what is read for it: earlier turns, the user's message
-        prompts = [prompt_ids(tokenizer, said(i, turn), user) for user in plans[i].users[: turn + 1]]
-        past = range(max(0, turn - settings.past), turn)
-        return [token for t in past for token in prompts[t] + answers[i][t]] + prompts[turn]
+    def read(i: int, turn: int) -> list[int]:  # what is read for it, as far as it fits: earlier turns, the user's message
+        ids: list[int] = []
+        for t in range(turn, max(0, turn - settings.past) - 1, -1):
+            prompt = prompt_ids(tokenizer, said(i, turn), plans[i].users[t])
+            longer = prompt + (answers[i][t] if t < turn else []) + ids
+            if len(longer) + settings.max_new_tokens > speaker.model.config.max_seq_len:
+                break
+            ids = longer
+        return ids
 
     for turn in range(max(len(plan.users) for plan in plans)):
-        alive = [i for i, plan in enumerate(plans) if len(answers[i]) == turn < len(plan.users)]
+        reads = {i: read(i, turn) for i, plan in enumerate(plans) if len(answers[i]) == turn < len(plan.users)}
+        alive = [i for i, ids in reads.items() if ids]
         learned = [i for i in alive if plans[i].instruction and turn + 1 == len(plans[i].users)]
         for mine, k in ((learned, settings.samples), ([i for i in alive if i not in learned], 1)):
-            drawn = generate(speaker.model, [read(i, turn) for i in mine], settings.max_new_tokens, settings.temperature, 1.0,
+            drawn = generate(speaker.model, [reads[i] for i in mine], settings.max_new_tokens, settings.temperature, 1.0,
                              (tokenizer.eos_id,), zlib.crc32(f"{settings.seed} {turn}".encode()), k, [first + i for i in mine])
             found = [(i, answer) for i, answer in zip(np.repeat(mine, k).tolist(), drawn) if answer[-1] == tokenizer.eos_id
                      and not (settings.check and said(i, turn) and not obeys(plans[i].constraints, tokenizer.decode(answer)))]
@@ -255,7 +263,7 @@ def replay_mask(turns: list[tuple[list[int], list[int]]]) -> list[bool]:
 
 
 def rows_to_learn(file: Path) -> Iterator[tuple[str, tuple[list[int], list[bool]]]]:
-    """(place, (ids, is learned)) of each dialogue of a gatt.jsonl or replay.jsonl."""
+    """(place, (ids, is learned)) of each dialogue of a gatt.jsonl."""
     for line in file.open():
         row = json.loads(line)
         mask = gatt_mask if row["instruction"] else replay_mask
@@ -279,6 +287,9 @@ def main(settings: Settings) -> None:
     for name in ("samples", "sample_batch"):
         if getattr(settings, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    constraints = {"toy": toy.constraints("train"), "ask": []}.get(settings.constraints)
+    if constraints is None:
+        constraints = read_constraints(settings.constraints)
     parents = {folder: parent_of(folder) for folder in (settings.init, settings.reward) if folder}
     parent = parents[settings.init]
     if settings.world is None:
@@ -290,13 +301,13 @@ def main(settings: Settings) -> None:
         embedded = {"toy": (spoken, f"world {settings.world}")}
         found = sources(settings.data, embedded, lambda file: read_dialogs(file, bad), spool_stdin(settings, ranks))
         data = {s.name: s.fingerprint for s in found} | {folder: one.fingerprint for folder, one in parents.items()}
+        data["constraints"] = zlib.crc32(json.dumps(constraints).encode())
         record = open_run(settings, "gatt", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
         speaker = cache(lambda: load_speakers([settings.init], ranks)[0])
         judge = cache(lambda: load_model(settings.reward, RewardModel)[0].to(ranks.device) if settings.reward else None)
-        constraints = (toy.constraints("train") if settings.constraints == "toy" else ask_for_lists(speaker())
-                       if settings.constraints == "ask" else read_constraints(settings.constraints))
+        constraints = constraints or ask_for_lists(speaker())
         dialogs = (dialog for source in found for dialog in source.documents())
         plans = plan(dialogs, constraints, settings.resampled, settings.replay, settings.seed)
         draw = lambda rows: synthesize(speaker(), [plans[i] for i in rows], rows.start, settings, judge())  # noqa: E731

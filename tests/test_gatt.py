@@ -174,6 +174,17 @@ def test_what_is_sampled_for_a_plan_does_not_depend_on_its_batch(speaker):
     assert whole != synthesize(speaker, plans, 0, Settings(seed=1, past=2, samples=3, temperature=1.0, max_new_tokens=40))
 
 
+def test_of_a_long_dialogue_as_many_turns_are_read_as_fit_and_a_message_that_never_fits_drops_it(speaker, monkeypatch):
+    seen, room = [], speaker.model.config.max_seq_len
+    monkeypatch.setattr(gatt, "generate", lambda model, prompts, *more: seen.extend(prompts) or generate(model, prompts, *more))
+    long = Settings(past=1000, samples=1, temperature=1.0, max_new_tokens=40)
+    row = synthesize(speaker, [Plan("gatt/0", "Act as a pirate.", [], True, users(30))], 0, long)[0]
+    assert len(row["turns"]) == 30 and max(map(len, seen)) <= room - 40
+    cost = max(len(prompt) + len(answer) for prompt, answer in row["turns"]) + len(row["turns"][0][0])  # of a turn, instruction and all
+    assert len(seen[-1]) > room - 40 - cost  # no more would have fitted
+    assert synthesize(speaker, [Plan("gatt/0", "", [], False, ["Hi", "x" * 2000])], 0, long) == [{"id": "gatt/0", "dropped": 2}]
+
+
 def test_a_dialogue_without_an_answer_that_ends_is_dropped_and_so_is_a_disobeying_one_on_request(speaker):
     short = Settings(past=0, samples=1, temperature=1.0, max_new_tokens=1)
     rows = synthesize(speaker, [Plan(f"gatt/{i}", "Whisper.", [], True, users(2)) for i in range(40)], 0, short)
