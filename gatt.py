@@ -41,7 +41,7 @@ from torch import Tensor
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
 from pretrain import (COLOURS, InputError, command_line, cpu_group, interval, load_model, locked, open_run, parent_of,
-                      replace_file, sources, spool_stdin, start, tiny_world, world_of)
+                      read_lines, replace_file, sources, spool_stdin, start, tiny_world, world_of)
 from reward import RewardModel, Speaker, in_parts, load_speakers, picture, score_rows, whiskers
 from sft import Tuning, fine_tune, read_dialogs, toy_sources
 from tokenizer import Tokenizer, dialog_turns
@@ -262,9 +262,9 @@ def replay_mask(turns: list[tuple[list[int], list[int]]]) -> list[bool]:
     return [is_answer for prompt, answer in turns for is_answer in [False] * len(prompt) + [True] * len(answer)]
 
 
-def rows_to_learn(file: Path) -> Iterator[tuple[str, tuple[list[int], list[bool]]]]:
+def rows_to_learn(file: str) -> Iterator[tuple[str, tuple[list[int], list[bool]]]]:
     """(place, (ids, is learned)) of each dialogue of a gatt.jsonl."""
-    for line in file.open():
+    for _, line in read_lines(file):
         row = json.loads(line)
         mask = gatt_mask if row["instruction"] else replay_mask
         yield row["id"], ([token for turn in row["turns"] for part in turn for token in part], mask(row["turns"]))
@@ -427,7 +427,6 @@ def test(settings: Test) -> None:
     turns, out = sorted(map(int, settings.turns)), Path(settings.out)
     world = tiny_world(world_of(settings.runs[0]) if settings.world is None else settings.world)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{'share that obeys at turn':36}" + "".join(f"{turn:>18}" for turn in turns))
     found: dict[str, dict] = {}
     for run in settings.runs:
         config, weight_of, tokenizer_file = read_any(run)
@@ -439,9 +438,10 @@ def test(settings: Test) -> None:
                                         for kind in ("persona", "hobby")}
         found[run] = {name: by_turn(rows, "obeys", turns) for name, rows in groups.items()}
         found[run] |= {"true helpfulness": by_turn(seen, "helpfulness", turns), "tokens so far": by_turn(seen, "tokens", turns)}
+        print(f"{f'{run}, turn':24}" + "".join(f"{turn:>20}" for turn in turns))
         for name, figures in found[run].items():
             form = "{:.0f}  [{:.0f}, {:.0f}]" if name.startswith("tokens") else "{:.2f}  [{:.2f}, {:.2f}]"
-            print(f"{f'{run}, {name}':36}" + "".join(f"{form.format(*values):>18}" for values in figures.values()), flush=True)
+            print(f"{name:24}" + "".join(f"{form.format(*values):>20}" for values in figures.values()), flush=True)
         lines = (json.dumps(row) + "\n" for row in seen + unseen)
         replace_file(out / f"{re.sub(r'[^A-Za-z0-9]+', '-', run).strip('-')}.jsonl", "".join(lines).encode())
     replace_file(out / "obedience.json", json.dumps(found, indent=1).encode())

@@ -78,7 +78,7 @@ def test_only_the_last_answer_is_learned_as_a_brute_force_reading_of_the_rule_ha
 def test_changing_earlier_answers_but_in_what_is_read_changes_no_target(tmp_path, speaker):
     rows = synthesize(speaker, [Plan("gatt/0", "Whisper.", [], True, users(3)), Plan("replay/0", "", [], False, users(2))], 0, SETTINGS)
     (tmp_path / "gatt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (_, (ids, learned)), (_, (own, of_own)) = rows_to_learn(tmp_path / "gatt.jsonl")
+    (_, (ids, learned)), (_, (own, of_own)) = rows_to_learn(str(tmp_path / "gatt.jsonl"))
     last = rows[0]["turns"][-1][1]
     assert [token for token, flag in zip(ids, learned) if flag] == last == ids[-len(last) :] and last[-1] == speaker.tokenizer.eos_id
     assert [token for token, flag in zip(own, of_own) if flag] == rows[1]["turns"][0][1] + rows[1]["turns"][1][1]
