@@ -444,7 +444,7 @@ def test(settings: Test) -> None:
             print(f"{name:24}" + "".join(f"{form.format(*values):>20}" for values in figures.values()), flush=True)
         lines = (json.dumps(row) + "\n" for row in seen + unseen)
         replace_file(out / f"{re.sub(r'[^A-Za-z0-9]+', '-', run).strip('-')}.jsonl", "".join(lines).encode())
-    replace_file(out / "obedience.json", json.dumps(found, indent=1).encode())
+    replace_file(out / "results.json", json.dumps(found, indent=1).encode())
     record = {"stage": "gatt-test", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
     replace_file(out / "config.json", json.dumps(record, indent=1).encode())
     if not importlib.util.find_spec("matplotlib"):

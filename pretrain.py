@@ -113,7 +113,7 @@ class Settings(Common):
 
 
 FREE = {"steps", "eval_every", "save_every", "keep", "device", "micro_batch", "compile", "checkpointing", "replicas",
-        "threads", "resume", "out"}  # what may differ when a run goes on
+        "threads", "resume", "out", "parallel", "timeout", "retries", "wait"}  # what may differ when a run goes on
 
 
 def field_help(cls: type) -> dict[str, tuple[str, str]]:
@@ -157,11 +157,13 @@ def parse(cls: type, argv: list[str] | None = None):
     values = {k: by_preset.get(k) if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     settings = cls(**values)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
-                 "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens"):
+                 "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens",
+                 "n_prompts", "samples", "parallel", "timeout", "documents", "chunk"):
         value = getattr(settings, name, None)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be a number above 0, not {value}")
-    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor"):
+    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "retries",
+                 "wait"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
     if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
@@ -364,7 +366,9 @@ def spool_stdin(settings, ranks: Ranks) -> str:
 
 
 def file_fingerprint(file: str) -> str:
-    """A hash of a file's size and of its first and last megabyte: enough to notice another file."""
+    """A hash of a file's size and of its first and last megabyte: enough to notice another file. InputError if there is none."""
+    if not os.path.isfile(file):
+        raise InputError(f"{file}: there is no such file")
     size = os.path.getsize(file)
     with open(file, "rb") as f:
         head = f.read(2**20)
@@ -907,6 +911,7 @@ def save_model(model: Transformer, out: str, tokenizer: str) -> None:
     config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
     replace_file(Path(out, "config.json"), json.dumps(config, indent=1).encode())
     dist.destroy_process_group()
+    cpu_group.cache_clear()  # it went with the others
 
 
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:

@@ -20,7 +20,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -155,28 +155,29 @@ def score_rows(model: nn.Module, rows: list[list[int]], batch_tokens: int = 2**1
     """
     device = ranks.device if ranks else model.output.weight.device
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    batches: list[list[int]] = [[]]
-    for i in order:
-        if len(rows[i]) * (len(batches[-1]) + 1) > batch_tokens and batches[-1]:
+    places = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}  # of samples, many are equal
+    order = sorted(places, key=len)
+    batches: list[list[tuple]] = [[]]
+    for row in order:
+        if len(row) * (len(batches[-1]) + 1) > batch_tokens and batches[-1]:
             batches.append([])
-        batches[-1].append(i)
-    scores = torch.zeros(len(rows), dtype=torch.double, device=device)
+        batches[-1].append(row)
+    scores = torch.zeros(len(places), dtype=torch.double, device=device)
     for first in range(0, len(batches), world_size):  # every rank does equally many forward passes
         batch = batches[first + rank] if first + rank < len(batches) else []
-        tokens, lengths = padded([rows[i] for i in batch] or [[0]])
+        tokens, lengths = padded(batch or [(0,)])
         found = model(tokens.to(device), lengths.to(device)).double()  # (batch,)
-        scores[batch] = found[: len(batch)]
+        scores[[places[row] for row in batch]] = found[: len(batch)]
     if ranks:
         model.reshard()  # without a backward pass the root would stay whole
         dist.all_reduce(scores)
-    return scores.cpu().numpy()
+    return scores.cpu().numpy()[[places[tuple(row)] for row in rows]]
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of ids as tokens (rows, seq), filled up on the right with 0, and their lengths (rows,)."""
     width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows]), torch.tensor([len(row) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------- comparisons
@@ -798,12 +799,14 @@ def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
 
 def file_prompts(file: str) -> list[dict]:
     """The prompts of a file; InputError names a bad line."""
+    if not Path(file).is_file():
+        raise InputError(f"{file}: there is no such file")
     found = []
     for place, record in read_rows(file):
         try:
-            if not isinstance(record, dict) or dialog_turns(toy_messages(record))[-1][1] is not None:
+            if not isinstance(record, dict) or "prompt" not in record or dialog_turns(toy_messages(record))[-1][1] is not None:
                 raise InputError('needs a "prompt", a text or messages of which the user has the last')
-        except (KeyError, TokenizerError, InputError) as error:
+        except (TokenizerError, InputError) as error:
             raise InputError(f"{place}: {error}") from None
         found.append(record)
     return found
@@ -864,6 +867,13 @@ def in_parts(out: Path, name: str, n: int, batch_size: int, make: Callable[[rang
     return [row for part in parts for row in json.loads(part.read_text())] if ranks.rank == 0 else []
 
 
+def finished_lines(file: Path) -> list[str]:
+    """The lines of a file that grows line by line; what a stop left behind the last newline, half a line, is cut off."""
+    done = file.read_text().split("\n")[:-1] if file.exists() else []
+    replace_file(file, "".join(line + "\n" for line in done).encode())
+    return done
+
+
 def annotations(rows: list[dict], axis: str, settings: Collect, file: Path) -> list[dict]:
     """What the annotator says of each two answers: {"chosen": 0 or 1, "rejected", "rating", "safety"}; see `toy.annotate`.
 
@@ -872,9 +882,7 @@ def annotations(rows: list[dict], axis: str, settings: Collect, file: Path) -> l
     if settings.annotator == "toy":
         world = tiny_world(settings.world)
         return [toy.annotate(world, row["about"], *row["responses"], axis, settings.seed) for row in rows]
-    done = file.read_text().split("\n")[:-1] if file.exists() else []  # behind the last newline stands half a line at most
-    replace_file(file, "".join(line + "\n" for line in done).encode())
-    labels = [json.loads(line) for line in done]
+    labels = [json.loads(line) for line in finished_lines(file)]
     try:
         with open(file, "a") as f:
             for number, row in enumerate(rows[len(labels) :], len(labels) + 1):

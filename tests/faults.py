@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import eval as evaluation
 import gatt
 import pretrain
 import reward
+import rlhf
 import sft
 from model import Transformer
 
@@ -44,10 +46,19 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
                  "--test_pairs", "3", "--max_new_tokens", "8"], None),
     "reward": (reward.main, reward.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/pairs.jsonl",
                                               "--rest", "{base}/pairs.jsonl", "--seq_len", "64"], reward.RewardModel),
+    "rlhf": (rlhf.main, rlhf.Settings,
+             [*TRAIN, "--init", "{base}/base/out", "--policy", "{base}/base/out", "--helpfulness", "{base}/judge/out",
+              "--harmlessness", "{base}/judge/out", "--threshold", "0.15", "--n_prompts", "8", "--n_samples", "8",
+              "--sample_batch", "4", "--temperature", "1", "--max_new_tokens", "40", "--seq_len", "128", "--sample_tokens", "4",
+              "--data", "pool:4", "{base}/chat.jsonl"], Transformer),
+    "judge": (evaluation.judge, evaluation.Judge, [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--judge", "truth",
+                                                   "--n_prompts", "6", "--temperature", "1", "--max_new_tokens", "8"],
+              None),
     "gatt": (gatt.main, gatt.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "256",
-                                        "--reward", "", "--samples", "2", "--max_new_tokens", "64", "--sample_batch", "20",
+                                        "--reward", "{base}/judge/out", "--samples", "2", "--max_new_tokens", "64", "--sample_batch", "20",
                                         "--temperature", "1", "--replay", "0.3", "--sample_tokens", "4"], Transformer),
 }
+NEEDS_JUDGE = {"rlhf", "gatt"}  # stages with a reward model: {base}/judge is one
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "mfu"}
 
@@ -99,7 +110,7 @@ def outcome(stage: str, folder: Path) -> tuple[dict, list]:
     out, kind = folder / "out", STAGES[stage][3]
     weights = pretrain.load_model(out, kind)[0].state_dict() if kind else {}
     lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json") if path.exists()]
+    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json", out / "results.json") if path.exists()]
     return weights, [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + texts
 
 
@@ -109,10 +120,12 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
     (base / "farm.txt").write_text(TEXT)
     for name, rows in (("chat", DIALOGS), ("pairs", PAIRS)):
         (base / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name in ("base", "whole"):
+    for name in ("base", "judge", "whole"):
         (base / name).mkdir()
     if stage != "pretrain":
         assert run("pretrain", base / "base")[0] == 0
+    if stage in NEEDS_JUDGE:
+        assert run("reward", base / "judge")[0] == 0
     began = time.perf_counter()
     code, operations = run(stage, base / "whole")
     seconds = time.perf_counter() - began

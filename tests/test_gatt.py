@@ -298,7 +298,7 @@ def test_the_toy_run_its_test_and_its_map_end_in_the_report(tmp_path, chat):
     result = launch("test", chat, tmp_path / "gatt", "--dialogs", "12", "--turns", "1", "2", "4", "--unseen_turns", "2",
                     "--max_new_tokens", "8", "--out", tmp_path / "gatt-test")
     assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads((tmp_path / "gatt-test" / "obedience.json").read_text())[str(tmp_path / "gatt")]
+    found = json.loads((tmp_path / "gatt-test" / "results.json").read_text())[str(tmp_path / "gatt")]
     assert list(found["all"]) == ["1", "2", "4"] and list(found["unseen"]) == ["1", "2"]
     lines = next((tmp_path / "gatt-test").glob("*-gatt.jsonl")).read_text().splitlines()
     rows = [json.loads(line) for line in lines]
