@@ -319,7 +319,7 @@ def test_the_toy_run_its_test_and_its_map_end_in_the_report(tmp_path, chat):
     (["--data", "none.jsonl"], "no file matches"),
     (["--reward", "none"], "there is no such folder"),
     (["--resampled", "1.5"], "--resampled is a share"),
-    (["--samples", "0"], "--samples must be at least 1"),
+    (["--samples", "0"], "--samples must be a number above 0"),
     (["--constraints", "none.json"], 'is no .json list of {"kind"'),
     (["--constraints", "ask"], "makes no list of hobbies"),
     (["--check", "--constraints", "ask"], "judge its own dialogues"),
