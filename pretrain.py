@@ -886,7 +886,8 @@ def parent_of(folder: str) -> Parent:
 
         return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder), fill)
     if not Path(folder).is_dir():
-        maker = {"pretrain": "; make it with `python pretrain.py`", "sft": "; make it with `python sft.py`"}
+        maker = {"pretrain": "; make it with `python pretrain.py`", "sft": "; make it with `python sft.py`",
+                 "reward-helpfulness": "; make it with `python reward.py`"}
         raise InputError(f"{folder}: there is no such folder{maker.get(Path(folder).name, '')}")
     config, weight_of, tokenizer = read_any(folder)
     files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
