@@ -11,4 +11,7 @@ $python reward.py collect       # §3.2.1: two answers to each prompt, compared 
 $python reward.py --kind helpfulness    # §3.2.2: a model of each
 $python reward.py --kind safety
 $python reward.py eval          # Tables 7, 8 and 29
+$python rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
+$python rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
+$python eval.py versions out/rlhf-v1    # Figure 11: win rates against out/sft
 $python eval.py report          # out/report.html

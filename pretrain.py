@@ -158,12 +158,12 @@ def parse(cls: type, argv: list[str] | None = None):
     settings = cls(**values)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
                  "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens",
-                 "n_prompts", "samples", "sample_batch", "parallel", "timeout", "documents", "chunk"):
+                 "n_prompts", "samples", "sample_batch", "parallel", "timeout", "documents", "chunk", "limit", "seconds"):
         value = getattr(settings, name, None)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be a number above 0, not {value}")
     for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "retries",
-                 "wait", "past", "temperature"):
+                 "wait", "past", "temperature", "shots", "show"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
     if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
@@ -1212,31 +1212,44 @@ def log_samples(path: Path, step: int, texts: list[str]) -> None:
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which colour-blind readers can tell apart
 
 
+def training_curve(metrics: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens in millions and training loss of each step, (steps,), and both smoothed by a mean over a fiftieth of them."""
+    tokens, losses = np.array([[r["tokens"] / 1e6, r["loss"]] for r in metrics if r["loss"] is not None]).reshape(-1, 2).T
+    window = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    return tokens, losses, tokens[window // 2 :][: len(smooth)], smooth
+
+
+def log_scale(axes) -> None:
+    """A logarithmic y axis with plain numbers."""
+    from matplotlib import ticker
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=[1, 2, 3, 5]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
 def draw_loss(out: Path) -> None:
     """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        from matplotlib import ticker
     except ImportError:
         print("no loss.png: `pip install matplotlib` draws it")
         return
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    tokens, losses = np.array([[r["tokens"] / 1e6, r["loss"]] for r in rows if r["loss"] is not None]).reshape(-1, 2).T
+    tokens, losses, smooth_tokens, smooth_losses = training_curve(rows)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(tokens, losses, color="0.8", lw=0.8, label="training, each step")
-    window = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    axes.plot(tokens[window // 2 :][: len(smooth)], smooth, color="k", lw=1.5, label=f"training, mean of {window} steps")
+    window = len(losses) - len(smooth_losses) + 1
+    axes.plot(smooth_tokens, smooth_losses, color="k", lw=1.5, label=f"training, mean of {window} steps")
     names = sorted({key.removeprefix("loss/") for row in rows for key in row if key.startswith("loss/")})
     for i, name in enumerate(names):
         points = [(r["tokens"] / 1e6, r["loss/" + name]) for r in rows if "loss/" + name in r]
         axes.plot(*zip(*points), "o-", ms=4, color=COLOURS[i % 5], label=f"held-out {name}")
-    axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", yscale="log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=[1, 2, 3, 5]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
+    log_scale(axes)
+    axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
     axes.legend()
     figure.savefig(out / "loss.png", dpi=150)
     plt.close(figure)
@@ -1341,6 +1354,7 @@ def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> No
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            cpu_group.cache_clear()  # it went with the others
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
-from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, command_line, cpu_group, file_fingerprint, interval,
-                      load_model, locked, open_run, parent_of, permute, print_settings, read_config, replace_file,
+from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, checkpoints, command_line, cpu_group, file_fingerprint,
+                      interval, load_model, locked, open_run, parent_of, permute, print_settings, read_config, replace_file,
                       set_weights, start, tiny_world, train, world_of)
 from sft import messages_of, read_rows, toy_messages
 from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
@@ -155,23 +155,29 @@ def score_rows(model: nn.Module, rows: list[list[int]], batch_tokens: int = 2**1
     """
     device = ranks.device if ranks else model.output.weight.device
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-    places = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}  # of samples, many are equal
-    order = sorted(places, key=len)
-    batches: list[list[tuple]] = [[]]
-    for row in order:
-        if len(row) * (len(batches[-1]) + 1) > batch_tokens and batches[-1]:
-            batches.append([])
-        batches[-1].append(row)
-    scores = torch.zeros(len(places), dtype=torch.double, device=device)
+    unique = list(dict.fromkeys(map(tuple, rows)))  # of samples, many are equal
+    batches = by_length([len(row) for row in unique], batch_tokens)
+    scores = torch.zeros(len(unique), dtype=torch.double, device=device)
     for first in range(0, len(batches), world_size):  # every rank does equally many forward passes
         batch = batches[first + rank] if first + rank < len(batches) else []
-        tokens, lengths = padded(batch or [(0,)])
+        tokens, lengths = padded([unique[i] for i in batch] or [(0,)])
         found = model(tokens.to(device), lengths.to(device)).double()  # (batch,)
-        scores[[places[row] for row in batch]] = found[: len(batch)]
+        scores[batch] = found[: len(batch)]
     if ranks:
         model.reshard()  # without a backward pass the root would stay whole
         dist.all_reduce(scores)
+    places = {row: i for i, row in enumerate(unique)}
     return scores.cpu().numpy()[[places[tuple(row)] for row in rows]]
+
+
+def by_length(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """The numbers of rows of these lengths in batches of at most `batch_tokens` with the padding, the short rows first."""
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if lengths[i] * (len(batches[-1]) + 1) > batch_tokens and batches[-1]:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -746,7 +752,8 @@ def load_speakers(folders: list[str], ranks: Ranks) -> list[Speaker]:
         if speakers and Path(tokenizer).read_bytes() != Path(speakers[0].tokenizer.path).read_bytes():
             raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common")
         model = load_weights(config, weight_of, dtype).to(ranks.device).eval()
-        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), read_config(folder).get("stage") == "pretrain"))
+        is_base = bool(checkpoints(folder)) and read_config(folder).get("stage") == "pretrain"
+        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), is_base))
     return speakers
 
 

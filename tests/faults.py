@@ -51,6 +51,7 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
               "--harmlessness", "{base}/judge/out", "--threshold", "0.15", "--n_prompts", "8", "--n_samples", "8",
               "--sample_batch", "4", "--temperature", "1", "--max_new_tokens", "40", "--seq_len", "128", "--sample_tokens", "4",
               "--data", "pool:4", "{base}/chat.jsonl"], Transformer),
+    "tasks": (evaluation.tasks, evaluation.Tasks, ["{base}/base/out", "--task", "toy", "--limit", "12", *SMALL], None),
     "judge": (evaluation.judge, evaluation.Judge, [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--judge", "truth",
                                                    "--n_prompts", "6", "--temperature", "1", "--max_new_tokens", "8"],
               None),
@@ -110,7 +111,8 @@ def outcome(stage: str, folder: Path) -> tuple[dict, list]:
     out, kind = folder / "out", STAGES[stage][3]
     weights = pretrain.load_model(out, kind)[0].state_dict() if kind else {}
     lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    texts = [path.read_text() for path in (out / "samples.txt", out / "accuracy.json", out / "results.json") if path.exists()]
+    names = ("samples.txt", "accuracy.json", "results.json", "tasks.json")
+    texts = [(out / name).read_text() for name in names if (out / name).exists()]
     return weights, [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + texts
 
 

@@ -45,7 +45,7 @@ def alone(model, tokenizer, prompt, continuation):
 
 def test_likelihoods_in_batches_equal_those_of_one_token_at_a_time(model, tokenizer):
     pairs = [("Question: What is 2 + 2? Answer:", " 2 + 2 = 4."), ("", "A"), ("One day", " a king"), ("x", " y z y z y z")]
-    found = continuation_log_probs(model, tokenizer, pairs, batch_size=3)
+    found = continuation_log_probs(model, tokenizer, pairs, batch_tokens=40)
     assert found == pytest.approx([alone(model, tokenizer, *pair) for pair in pairs], abs=1e-3)
 
 

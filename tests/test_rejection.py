@@ -219,6 +219,28 @@ def test_the_curves_rise_in_reward_and_pay_no_more_than_the_bound(models):
     assert (models / "curves" / "best-of-n.png").stat().st_size > 5000
 
 
+def test_versions_are_compared_prompt_by_prompt_and_a_model_never_beats_itself(models):
+    other = Transformer(CONFIG, seed=5)
+    if not (models / "other").exists():
+        save_model(other, str(models / "other"), str(models / "tokenizer.model"))
+    result = subprocess.run([sys.executable, str(HERE.parent / "eval.py"), "versions", "other", "sft", "--against", "sft",
+                             "--helpfulness", "helpfulness", "--harmlessness", "harmlessness", "--general", "harmlessness",
+                             "--n_prompts", "30", "--max_new_tokens", "8", "--threads", "1", "--out", "versions"],
+                            capture_output=True, text=True, timeout=600, cwd=models)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((models / "versions" / "versions.json").read_text())["runs"]
+    answers = {name: [json.loads(line) for line in (models / "versions" / "answers" / f"{name}.jsonl").read_text().splitlines()]
+               for name in ("other", "sft")}
+    world = toy.World(0)
+    truth = {name: [toy.helpfulness(world, prompt, row["answer"]) for prompt, row in zip(toy.prompts(world, 30, 0, "test"), rows)]
+             for name, rows in answers.items()}
+    assert np.isclose(found["other"]["gain"][0], np.mean(truth["other"]) - np.mean(truth["sft"]))
+    assert found["sft"]["gain"] == [0, 0, 0] and found["sft"]["wins, helpfulness"]["truth"][3] == 30  # ties
+    assert found["other"]["wins, harmlessness"]["reward models"] == found["other"]["wins, harmlessness"]["general reward model"]
+    history = [json.loads(line) for line in (models / "versions" / "history.jsonl").read_text().splitlines()]
+    assert [line["run"] for line in history] == ["sft", "other"]
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--helpfulness", "nowhere"], "nowhere: there is no such folder"),
     (["--select", "worst"], "--select is best or random"),
