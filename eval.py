@@ -1987,10 +1987,16 @@ def tasks_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             table(*task_table(json.loads((run / "tasks.json").read_text())))]
 
 
+def survey_table(first: dict, last: dict) -> str:
+    """What a chat model can do in the tiny world, at the first evaluation and at the last, with 95 % intervals."""
+    names = [name for name, value in last.items() if isinstance(value, list)]
+    return table(["asked of the tiny world", "before", "after"],
+                 [[name, *("{:.3f}  [{:.3f}, {:.3f}]".format(*row[name]) for row in (first, last))] for name in names])
+
+
 def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one supervised fine-tuning: the survey before and after, the loss on answers, samples."""
     first, last = metrics[0], metrics[-1]
-    surveyed = {name: "{:.3f}  [{:.3f}, {:.3f}]" for name, value in last.items() if isinstance(value, list)}
     return [f"<h2>Supervised fine-tuning, {html.escape(str(run))} (§3.1)</h2>",
             f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s; data {html.escape(' '.join(settings['data']))}, "
             f"{settings['epochs']} epochs, dialogues {'kept apart' if settings['isolate'] else 'not kept apart'}. "
@@ -1998,8 +2004,7 @@ def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             "<p>The base model has never been asked anything; afterwards it should answer in the right form, with the facts that "
             "pretraining taught it, obey its system prompt and refuse what is unsafe. No dialogue asks any of "
             "this, but for the unsafe topics of training.</p>",
-            table(["asked of the tiny world", "before", "after"],
-                  [[name, *(form.format(*row[name]) for row in (first, last))] for name, form in surveyed.items()]),
+            survey_table(first, last),
             "<p>The loss on the answers of held-out dialogues should fall, and not rise again:</p>",
             picture(run / "loss.png", "loss on answers against answer tokens"),
             "<p>The same prompts, answered before and after:</p>", *samples(run)]
@@ -2074,6 +2079,36 @@ def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
     return parts
 
 
+def gatt_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on Ghost Attention: the survey before and after, the attention map (Figure 10)."""
+    first, last = metrics[0], metrics[-1]
+    parts = [f"<h2>Ghost Attention, {html.escape(str(run))} (§3.3)</h2>",
+             f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s, from {html.escape(settings['init'])}; "
+             f"<code>gatt.jsonl</code> holds its dialogues.</p>",
+             "<p>Only how long an instruction holds should change; the other figures should stay:</p>",
+             survey_table(first, last)]
+    if (run / "attention.png").exists():
+        parts += ["<p>Answers late in a dialogue should attend to its instruction more than before (Figure 10):</p>",
+                  picture(run / "attention.png", "attention before and after")]
+    return parts
+
+
+def gatt_test_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on how long instructions hold: Table 30, Figure 28."""
+    parts = ["<h2>How long an instruction holds (§3.3)</h2>",
+             "<p>The share of dialogues in which it still does, the model's own answers fed back, with its 95 % interval. Before "
+             "Ghost Attention it should fall within a few turns; afterwards it should hold, and in part for constraints "
+             "that were never trained on.</p>"]
+    for name, figures in json.loads((run / "results.json").read_text()).items():
+        turns = list(figures["all"])
+        rows = [[group, *("{:.2f} [{:.2f}, {:.2f}]".format(*of_group[turn]) if turn in of_group else "-" for turn in turns)]
+                for group, of_group in figures.items() if group != "tokens so far"]
+        parts.append(table([name, *(f"turn {turn}" for turn in turns)], rows))
+    return [*parts, table(["the paper (Table 30), in %", "turn 2", "turn 4", "turn 6", "turn 20"],
+                          [["before", 100, 10, 0, 0], ["with Ghost Attention", 100, 100, 100, 100]]),
+            picture(run / "obedience.png", "obedience by turn")]
+
+
 def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on the versions: win rates, true scores, what got better and worse (Figure 11)."""
     found = json.loads((run / "versions.json").read_text())["runs"]
@@ -2106,15 +2141,13 @@ def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str
 def rlhf_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one version by rejection sampling: the survey before and after, samples of the pool."""
     first, last = metrics[0], metrics[-1]
-    surveyed = {name: "{:.3f}  [{:.3f}, {:.3f}]" for name, value in last.items() if isinstance(value, list)}
     pool = [json.loads(line) for line in (run / "pool.jsonl").read_text().splitlines()]
     shown = [f"{row['prompt'][-1]['content']} → {row['response']}  (R_c {row['score']:.2f}, V{row['version']})"
              for row in pool[:8]]
     return [f"<h2>Rejection sampling, version {settings['version']}, {html.escape(str(run))} (§3.2.3)</h2>",
             f"<p>{settings['n_samples']} answers to each prompt by {html.escape(settings['policy'])} at temperature "
             f"{settings['temperature']}, the {settings['select']} of them learned: {len(pool):,} answers.</p>",
-            table(["asked of the tiny world", "before", "after"],
-                  [[name, *(form.format(*row[name]) for row in (first, last))] for name, form in surveyed.items()]),
+            survey_table(first, last),
             "<p>What was learned from:</p>", f"<pre>{html.escape(chr(10).join(shown))}</pre>"]
 
 
@@ -2227,8 +2260,9 @@ def contamination_section(run: Path, settings: dict, metrics: list[dict]) -> lis
 SECTIONS = {  # in the paper's order
     "pretrain": pretrain_section, "losses": losses_section, "tasks": tasks_section, "sft": sft_section,
     "collect": collect_section, "reward": reward_section, "rewards": rewards_section, "curves": curves_section,
-    "rlhf": rlhf_section, "ppo": ppo_section, "versions": versions_section, "judge": judge_section,
-    "safety": safety_section, "diversity": diversity_section, "corpus": corpus_section, "contamination": contamination_section}
+    "rlhf": rlhf_section, "ppo": ppo_section, "gatt": gatt_section, "gatt-test": gatt_test_section,
+    "versions": versions_section, "judge": judge_section, "safety": safety_section, "diversity": diversity_section,
+    "corpus": corpus_section, "contamination": contamination_section}
 RESULTS = ("metrics.jsonl", "losses.json", "tasks.json", "helpfulness.jsonl", "safety.jsonl", "rewards.json", "curves.json",
            "versions.json", "results.json")  # a run with none of them is unfinished
 

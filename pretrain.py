@@ -158,13 +158,13 @@ def parse(cls: type, argv: list[str] | None = None):
     settings = cls(**values)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
                  "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens",
-                 "mini_batch", "critic_lr", "eval_prompts", "patience", "n_prompts", "samples", "parallel", "timeout",
-                 "documents", "chunk", "limit", "seconds"):
+                 "mini_batch", "critic_lr", "eval_prompts", "patience", "n_prompts", "samples", "sample_batch", "parallel",
+                 "timeout", "documents", "chunk", "limit", "seconds"):
         value = getattr(settings, name, None)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be a number above 0, not {value}")
     for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "kl_coef", "ptx_coef",
-                 "critic_warmup", "retries", "wait", "shots", "show"):
+                 "critic_warmup", "retries", "wait", "past", "temperature", "shots", "show"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
     if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):

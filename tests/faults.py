@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import eval as evaluation
+import gatt
 import pretrain
 import reward
 import rlhf
@@ -59,6 +60,9 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
     "judge": (evaluation.judge, evaluation.Judge, [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--judge", "truth",
                                                    "--n_prompts", "6", "--temperature", "1", "--max_new_tokens", "8"],
               None),
+    "gatt": (gatt.main, gatt.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "256",
+                                        "--reward", "{base}/judge/out", "--samples", "2", "--max_new_tokens", "64", "--sample_batch", "20",
+                                        "--temperature", "1", "--replay", "0.3", "--sample_tokens", "4"], Transformer),
 }
 MADE = {"base": "pretrain", "judge": "reward"}  # what a stage starts from: folder and stage
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
