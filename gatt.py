@@ -41,7 +41,7 @@ from torch import Tensor
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
 from pretrain import (COLOURS, InputError, command_line, cpu_group, interval, load_model, locked, open_run, parent_of,
-                      read_lines, replace_file, sources, spool_stdin, start, tiny_world, world_of)
+                      replace_file, sources, spool_stdin, start, tiny_world, world_of)
 from reward import RewardModel, Speaker, in_parts, load_speakers, picture, score_rows, whiskers
 from sft import Tuning, fine_tune, read_dialogs, toy_sources
 from tokenizer import Tokenizer, dialog_turns
@@ -264,14 +264,6 @@ def replay_mask(turns: list[tuple[list[int], list[int]]]) -> list[bool]:
     return [is_answer for prompt, answer in turns for is_answer in [False] * len(prompt) + [True] * len(answer)]
 
 
-def rows_to_learn(file: str) -> Iterator[tuple[str, tuple[list[int], list[bool]]]]:
-    """(place, (ids, is learned)) of each dialogue of a gatt.jsonl."""
-    for _, line in read_lines(file):
-        row = json.loads(line)
-        mask = gatt_mask if row["instruction"] else replay_mask
-        yield row["id"], ([token for turn in row["turns"] for part in turn for token in part], mask(row["turns"]))
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 # Documents beside the dialogues of the tiny world, as in sft.py (our choice). In the stories people speak in many characters and
@@ -316,14 +308,16 @@ def main(settings: Settings) -> None:
             write_rows(rows, plans, out / "gatt.jsonl")
         dist.barrier(cpu_group())
         specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, 1, 0)
-        learned = sources([str(out / "gatt.jsonl"), *specs], documents, rows_to_learn)
+        learned = sources([str(out / "gatt.jsonl"), *specs], documents, read_dialogs)
         fine_tune(settings, record, parent, learned, ranks, world if is_toy else None, bad)
 
 
 def write_rows(rows: list[dict], plans: list[Plan], file: Path) -> None:
     """Write the dialogues that can be learned, and say how many there are and, in the tiny world, how many answers obey."""
     kept = [(row, plan) for row, plan in zip(rows, plans) if "dropped" not in row]
-    replace_file(file, "".join(json.dumps(row) + "\n" for row, _ in kept).encode())
+    masks = [(gatt_mask if plan.instruction else replay_mask)(row["turns"]) for row, plan in kept]
+    lines = [json.dumps(row | {"is_answer": mask}) + "\n" for (row, _), mask in zip(kept, masks)]
+    replace_file(file, "".join(lines).encode())
     n, turns = sum(bool(plan.instruction) for _, plan in kept), sum(len(plan.users) for _, plan in kept)
     print(f"{file}: {n:,} dialogues under an instruction, {len(kept) - n:,} without, of {turns:,} turns; {len(rows) - len(kept)} "
           "dropped, for want of an answer")

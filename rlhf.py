@@ -50,7 +50,6 @@ from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- settings
 
-
 # The best answers, four times as often as a dialogue, with a little of what SFT learned from (our choice): without it sums and
 # facts that no prompt asks are forgotten.
 REPLAY = ("pool:4", "toy/dialogs:0.05", "toy/encyclopedia:0.02", "toy/numbers:0.02")
@@ -58,7 +57,7 @@ REPLAY = ("pool:4", "toy/dialogs:0.05", "toy/encyclopedia:0.02", "toy/numbers:0.
 
 @dataclass(frozen=True)
 class Settings(Tuning):
-    """One version of RLHF by rejection sampling (§3.2.3): sample K answers, keep the best, fine-tune the base model."""
+    """One version of RLHF by rejection sampling (§3.2.3): sample K answers, keep the best, fine-tune on them."""
     version: int = 1  # number of this version; names --out, and where the defaults below are found
     init: str = "out/sft"  # model to fine-tune, of the size of the new version; the same for every version | the base model
     policy: str = ""  # chat model that samples; else out/sft for version 1, then the version before | the newest, 70B
@@ -76,7 +75,7 @@ class Settings(Tuning):
     sample_batch: int = 64  # prompts that are answered together and kept together: the unit of resume
     select: str = "best"  # best, or random: the matched control
     pool: str = "all"  # whose best answers are learned: of all versions so far, or the last alone | last until V3, then all
-    data: tuple[str, ...] = REPLAY  # what to fine-tune on: dialogues as in sft.py; `pool`, `pool:4`: the best answers
+    data: tuple[str, ...] = REPLAY  # what to fine-tune on: dialogues as in sft.py, a gatt.jsonl; `pool:4`: the best answers
     dialogs: int = 16000  # annotated dialogues of the tiny world
     safety: float = 0.06  # share of unsafe prompts among them
 

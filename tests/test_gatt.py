@@ -14,11 +14,12 @@ import torch.nn.functional as F
 import gatt
 import toy
 from eval import Report, report
-from gatt import (Plan, Settings, attention_weights, binned, converse, draw_instruction, gatt_mask, plan, prompt_ids, rows_to_learn,
-                  synthesize, toy_dialogs)
+from gatt import (Plan, Settings, attention_weights, binned, converse, draw_instruction, gatt_mask, plan, prompt_ids,
+                  synthesize, toy_dialogs, write_rows)
 from model import ModelConfig, Transformer, generate
 from pretrain import InputError, load_model, save_model
 from reward import RewardModel, Speaker, score_rows
+from sft import read_dialogs
 from tokenizer import TOY_SYMBOLS, Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -76,9 +77,10 @@ def test_only_the_last_answer_is_learned_as_a_brute_force_reading_of_the_rule_ha
 
 
 def test_changing_earlier_answers_but_in_what_is_read_changes_no_target(tmp_path, speaker):
-    rows = synthesize(speaker, [Plan("gatt/0", "Whisper.", [], True, users(3)), Plan("replay/0", "", [], False, users(2))], 0, SETTINGS)
-    (tmp_path / "gatt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (_, (ids, learned)), (_, (own, of_own)) = rows_to_learn(str(tmp_path / "gatt.jsonl"))
+    plans = [Plan("gatt/0", "Whisper.", [], True, users(3)), Plan("replay/0", "", [], False, users(2))]
+    rows = synthesize(speaker, plans, 0, SETTINGS)
+    write_rows(rows, plans, tmp_path / "gatt.jsonl")
+    (_, (ids, learned)), (_, (own, of_own)) = read_dialogs(str(tmp_path / "gatt.jsonl"))
     last = rows[0]["turns"][-1][1]
     assert [token for token, flag in zip(ids, learned) if flag] == last == ids[-len(last) :] and last[-1] == speaker.tokenizer.eos_id
     assert [token for token, flag in zip(own, of_own) if flag] == rows[1]["turns"][0][1] + rows[1]["turns"][1][1]
