@@ -2102,10 +2102,16 @@ def tasks_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             table(*task_table(json.loads((run / "tasks.json").read_text())))]
 
 
+def survey_table(first: dict, last: dict) -> str:
+    """What a chat model can do in the tiny world, at the first evaluation and at the last, with 95 % intervals."""
+    names = [name for name, value in last.items() if isinstance(value, list)]
+    return table(["asked of the tiny world", "before", "after"],
+                 [[name, *("{:.3f}  [{:.3f}, {:.3f}]".format(*row[name]) for row in (first, last))] for name in names])
+
+
 def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one supervised fine-tuning: the survey before and after, the loss on answers, samples."""
     first, last = metrics[0], metrics[-1]
-    surveyed = {name: "{:.3f}  [{:.3f}, {:.3f}]" for name, value in last.items() if isinstance(value, list)}
     return [f"<h2>Supervised fine-tuning, {html.escape(str(run))} (§3.1)</h2>",
             f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s; data {html.escape(' '.join(settings['data']))}, "
             f"{settings['epochs']} epochs, dialogues {'kept apart' if settings['isolate'] else 'not kept apart'}. "
@@ -2113,8 +2119,7 @@ def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             "<p>The base model has never been asked anything; afterwards it should answer in the right form, with the facts that "
             "pretraining taught it, obey its system prompt and refuse what is unsafe. No dialogue asks any of "
             "this, but for the unsafe topics of training.</p>",
-            table(["asked of the tiny world", "before", "after"],
-                  [[name, *(form.format(*row[name]) for row in (first, last))] for name, form in surveyed.items()]),
+            survey_table(first, last),
             "<p>The loss on the answers of held-out dialogues should fall, and not rise again:</p>",
             picture(run / "loss.png", "loss on answers against answer tokens"),
             "<p>The same prompts, answered before and after:</p>", *samples(run)]
@@ -2189,6 +2194,36 @@ def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
     return parts
 
 
+def gatt_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on Ghost Attention: the survey before and after, the attention map (Figure 10)."""
+    first, last = metrics[0], metrics[-1]
+    parts = [f"<h2>Ghost Attention, {html.escape(str(run))} (§3.3)</h2>",
+             f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s, from {html.escape(settings['init'])}; "
+             f"<code>gatt.jsonl</code> holds its dialogues.</p>",
+             "<p>Only how long an instruction holds should change; the other figures should stay:</p>",
+             survey_table(first, last)]
+    if (run / "attention.png").exists():
+        parts += ["<p>Answers late in a dialogue should attend to its instruction more than before (Figure 10):</p>",
+                  picture(run / "attention.png", "attention before and after")]
+    return parts
+
+
+def gatt_test_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on how long instructions hold: Table 30, Figure 28."""
+    parts = ["<h2>How long an instruction holds (§3.3)</h2>",
+             "<p>The share of dialogues in which it still does, the model's own answers fed back, with its 95 % interval. Before "
+             "Ghost Attention it should fall within a few turns; afterwards it should hold, and in part for constraints "
+             "that were never trained on.</p>"]
+    for name, figures in json.loads((run / "results.json").read_text()).items():
+        turns = list(figures["all"])
+        rows = [[group, *("{:.2f} [{:.2f}, {:.2f}]".format(*of_group[turn]) if turn in of_group else "-" for turn in turns)]
+                for group, of_group in figures.items() if group != "tokens so far"]
+        parts.append(table([name, *(f"turn {turn}" for turn in turns)], rows))
+    return [*parts, table(["the paper (Table 30), in %", "turn 2", "turn 4", "turn 6", "turn 20"],
+                          [["before", 100, 10, 0, 0], ["with Ghost Attention", 100, 100, 100, 100]]),
+            picture(run / "obedience.png", "obedience by turn")]
+
+
 def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on the versions: win rates, true scores, what got better and worse (Figure 11)."""
     found = json.loads((run / "versions.json").read_text())["runs"]
@@ -2221,15 +2256,13 @@ def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str
 def rlhf_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one version by rejection sampling: the survey before and after, samples of the pool."""
     first, last = metrics[0], metrics[-1]
-    surveyed = {name: "{:.3f}  [{:.3f}, {:.3f}]" for name, value in last.items() if isinstance(value, list)}
     pool = [json.loads(line) for line in (run / "pool.jsonl").read_text().splitlines()]
     shown = [f"{row['prompt'][-1]['content']} → {row['response']}  (R_c {row['score']:.2f}, V{row['version']})"
              for row in pool[:8]]
     return [f"<h2>Rejection sampling, version {settings['version']}, {html.escape(str(run))} (§3.2.3)</h2>",
             f"<p>{settings['n_samples']} answers to each prompt by {html.escape(settings['policy'])} at temperature "
             f"{settings['temperature']}, the {settings['select']} of them learned: {len(pool):,} answers.</p>",
-            table(["asked of the tiny world", "before", "after"],
-                  [[name, *(form.format(*row[name]) for row in (first, last))] for name, form in surveyed.items()]),
+            survey_table(first, last),
             "<p>What was learned from:</p>", f"<pre>{html.escape(chr(10).join(shown))}</pre>"]
 
 
@@ -2246,6 +2279,25 @@ def curves_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
             "</p>",
             table(["R_c of the best, its truth", "T", "median", *(f"N = {n}" for n in found[0]["n"])], rows),
             picture(run / "best-of-n.png", "highest and median reward against N"), *pictures]
+
+
+def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+    """The part of the report on one PPO run: the held-out prompts before, at the best evaluation and at the last; ppo.png."""
+    evaluations = [row for row in metrics if "held-out/reward" in row]
+    best, last = max(evaluations, key=lambda row: row["held-out/reward"]), metrics[-1]
+    names = {"reward": "reward: logit of R_c", "R_s": "safety score R_s", "R_h": "helpfulness score R_h",
+             "true/helpfulness": "true helpfulness, harmless prompts", "true/safety": "true safety, unsafe prompts"}
+    rows = [[text, *(f"{row[f'held-out/{name}']:.3f}" for row in (evaluations[0], best, evaluations[-1]))]
+            for name, text in names.items() if f"held-out/{name}" in best]
+    return [f"<h2>PPO, {html.escape(str(run))} (§3.2.3)</h2>",
+            f"<p>From {html.escape(settings['init'])}: {last['step']} iterations of {settings['batch_size']} prompts in "
+            f"{last['seconds']:.0f} s, β {settings['kl_coef']:g}; in the last, {last['kl']:.2f} nats an answer from the start. "
+            "<span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
+            "<p>Scores of the reward models must rise, since they are what is optimised, and prove nothing. The annotators of "
+            "the tiny world were not asked meanwhile: where the truth falls as the reward rises, it is over-optimised.</p>",
+            table(["sampled answers to held-out prompts", "before", f"best reward, iteration {best['step']}", "last"], rows),
+            picture(run / "ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration"),
+            "<p>The same prompts, answered before and after:</p>", *samples(run)]
 
 
 def judge_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
@@ -2302,7 +2354,6 @@ def distill_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
     rows = [json.loads(line) for line in (run / "distilled.jsonl").read_text().splitlines()]
     shown = [f"{row['prompt'][-1]['content']} → {row['plain']}  ({row['plain_score']:.2f})\n    {row['preprompt']} → "
              f"{row['answer']}  ({row['score']:.2f}{', learned' * row['kept']})" for row in rows[:6]]
-    surveyed = [name for name, value in last.items() if isinstance(value, list)]
     return [f"<h2>Safety context distillation, {html.escape(str(run))} (§4.2.4)</h2>",
             f"<p>{found['prompts']:,} unsafe prompts answered by {html.escape(settings['policy'])} plainly and under safety "
             f"preprompts, the better answers learned without them; gate {'on' if settings['gate'] else 'off'}.</p>",
@@ -2317,8 +2368,7 @@ def distill_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
                    for row in found["fifths"]]),
             picture(run / "gate.png", "change of the score by the plain score"),
             f"<pre>{html.escape(chr(10).join(shown))}</pre>",
-            table(["asked of the tiny world", "before", "after"],
-                  [[name, *(show(row[name]) for row in (first, last))] for name in surveyed])]
+            survey_table(first, last)]
 
 
 def diversity_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
@@ -2358,8 +2408,9 @@ def contamination_section(run: Path, settings: dict, metrics: list[dict]) -> lis
 SECTIONS = {  # in the paper's order
     "pretrain": pretrain_section, "losses": losses_section, "tasks": tasks_section, "sft": sft_section,
     "collect": collect_section, "reward": reward_section, "rewards": rewards_section, "curves": curves_section,
-    "rlhf": rlhf_section, "distill": distill_section, "versions": versions_section, "judge": judge_section,
-    "safety": safety_section, "diversity": diversity_section, "corpus": corpus_section, "contamination": contamination_section}
+    "rlhf": rlhf_section, "ppo": ppo_section, "distill": distill_section, "gatt": gatt_section,
+    "gatt-test": gatt_test_section, "versions": versions_section, "judge": judge_section, "safety": safety_section,
+    "diversity": diversity_section, "corpus": corpus_section, "contamination": contamination_section}
 RESULTS = ("metrics.jsonl", "losses.json", "tasks.json", "helpfulness.jsonl", "safety.jsonl", "rewards.json", "curves.json",
            "versions.json", "results.json")  # a run with none of them is unfinished
 

@@ -158,12 +158,13 @@ def parse(cls: type, argv: list[str] | None = None):
     settings = cls(**values)
     for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
                  "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens",
-                 "n_prompts", "samples", "sample_batch", "parallel", "timeout", "documents", "chunk", "limit", "seconds"):
+                 "mini_batch", "critic_lr", "eval_prompts", "patience", "n_prompts", "samples", "sample_batch", "parallel",
+                 "timeout", "documents", "chunk", "limit", "seconds"):
         value = getattr(settings, name, None)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{name} must be a number above 0, not {value}")
-    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "retries",
-                 "wait", "shots", "show"):
+    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "kl_coef", "ptx_coef",
+                 "critic_warmup", "retries", "wait", "past", "temperature", "shots", "show"):
         if (getattr(settings, name, None) or 0) < 0:
             raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
     if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
@@ -232,11 +233,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def compute_dtype(settings, ranks: Ranks) -> torch.dtype:
+    """What a sharded model computes in, by --dtype; its master weights are fp32."""
+    bf16 = settings.dtype == "bf16" or settings.dtype == "auto" and ranks.device.type == "cuda"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def build(config: ModelConfig, settings, ranks: Ranks, kind: type[Transformer] = Transformer) -> Transformer:
     """A model whose parameters are sharded over the ranks (FSDP2), with the same weights at any world size."""
     with torch.device("meta"):
         model = kind(config)
-    bf16 = settings.dtype == "bf16" or settings.dtype == "auto" and ranks.device.type == "cuda"
+    bf16 = compute_dtype(settings, ranks) == torch.bfloat16
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for block in model.layers:
         block.checkpointing = bool(settings.checkpointing)
@@ -886,8 +893,10 @@ def parent_of(folder: str) -> Parent:
 
         return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder), fill)
     if not Path(folder).is_dir():
-        maker = {"pretrain": "; make it with `python pretrain.py`", "sft": "; make it with `python sft.py`"}
-        raise InputError(f"{folder}: there is no such folder{maker.get(Path(folder).name, '')}")
+        makers = {"pretrain": "pretrain.py", "sft": "sft.py", "reward-helpfulness": "reward.py --kind helpfulness",
+                  "reward-safety": "reward.py --kind safety", "rlhf-v1": "rlhf.py", "rlhf-v2": "rlhf.py --version 2"}
+        maker = makers.get(Path(folder).name)
+        raise InputError(f"{folder}: there is no such folder" + (f"; make it with `python {maker}`" if maker else ""))
     config, weight_of, tokenizer = read_any(folder)
     files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Reinforcement learning from human feedback (§3.2.3): a chat model and two reward models in, a better chat model out.
 
     python rlhf.py --version 1                    # rejection sampling from out/sft; out/rlhf-v1
-    python rlhf.py ppo --version 2                # PPO from out/rlhf-v2; out/rlhf-v2-ppo
+    python rlhf.py ppo --init out/rlhf-v2         # PPO; out/rlhf-v2-ppo
     python rlhf.py curves out/sft out/rlhf-v1     # Figures 7 and 8: reward against the number of samples
     python rlhf.py distill                        # safety context distillation (§4.2.4) of out/sft; out/distill
     python rlhf.py --policy llama-2-70b-chat --init llama-2-7b-sft --prompts p.jsonl --data pool chats.jsonl:0.05
@@ -18,30 +18,38 @@ Read it in this order: the reward of §3.2.3, best of N, the pool, a version, cu
 import importlib.util
 import json
 import math
+import signal
 import sys
+import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from random import Random
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
 
+import pretrain
 import toy
-from model import generate
-from pretrain import (COLOURS, InputError, Parent, Ranks, build, command_line, file_fingerprint, interval, load_model, locked,
-                      open_run, parent_of, replace_file, sources, start, tiny_world, world_of)
-from reward import (RewardModel, Speaker, file_prompts, in_parts, load_speakers, pair_ids, picture, read_named, safety_labels,
-                    score_rows, sigmoid, whiskers)
+from model import IGNORE, PRESETS, Transformer, generate
+from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, adamw, build, checkpoints, command_line, compute_dtype,
+                      cosine_schedule, cpu_group, file_fingerprint, gathered, interval, load_checkpoint, load_model, locked,
+                      log_samples, open_run, optimizer_step, parent_of, permute, prepare, print_settings, rank_0_first,
+                      replace_file, rewind, save_checkpoint, set_weights, signals, sources, start, text_sources, tiny_world,
+                      world_of)
+from reward import (HEAD, RewardModel, Speaker, file_prompts, held_out, in_parts, load_speakers, padded, pair_ids, picture,
+                    read_named, safety_labels, score_rows, sigmoid, whiskers)
 from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- settings
-
 
 # The best answers, four times as often as a dialogue, with a little of what SFT learned from (our choice): without it sums and
 # facts that no prompt asks are forgotten.
@@ -50,7 +58,7 @@ REPLAY = ("pool:4", "toy/dialogs:0.05", "toy/encyclopedia:0.02", "toy/numbers:0.
 
 @dataclass(frozen=True)
 class Settings(Tuning):
-    """One version of RLHF by rejection sampling (§3.2.3): sample K answers, keep the best, fine-tune the base model."""
+    """One version of RLHF by rejection sampling (§3.2.3): sample K answers, keep the best, fine-tune on them."""
     version: int = 1  # number of this version; names --out, and where the defaults below are found
     init: str = "out/sft"  # model to fine-tune, of the size of the new version; the same for every version | the base model
     policy: str = ""  # chat model that samples; else out/sft for version 1, then the version before | the newest, 70B
@@ -68,7 +76,7 @@ class Settings(Tuning):
     sample_batch: int = 64  # prompts that are answered together and kept together: the unit of resume
     select: str = "best"  # best, or random: the matched control
     pool: str = "all"  # whose best answers are learned: of all versions so far, or the last alone | last until V3, then all
-    data: tuple[str, ...] = REPLAY  # what to fine-tune on: dialogues as in sft.py; `pool`, `pool:4`: the best answers
+    data: tuple[str, ...] = REPLAY  # what to fine-tune on: dialogues as in sft.py, a gatt.jsonl; `pool:4`: the best answers
     dialogs: int = 16000  # annotated dialogues of the tiny world
     safety: float = 0.06  # share of unsafe prompts among them
 
@@ -485,6 +493,547 @@ def count_samples(axes, sizes: list[int]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- PPO
+#
+# What stands where: all below is of shape (rows, seq), a row being a prompt p0 p1 p2, its answer a0 a1 EOS, and padding.
+#
+#     place         0    1    2    3    4    5    6    7
+#     inputs        p0   p1   p2   a0   a1   EOS  pad  pad    what is read up to a place; pad is 0, which is never EOS
+#     targets       .    .    a0   a1   EOS  .    .    .      the action taken there; . is IGNORE, and the mask is `not IGNORE`
+#     log-prob      .    .    x    x    x    .    .    .      of that action
+#     value         .    .    x    x    x    .    .    .      of what was read, before that action
+#     -β · KL       .    .    x    x    x    .    .    .      a penalty for each action
+#     score         .    .    .    .    x    .    .    .      of the whole answer, paid for its last action, EOS
+#     advantage     .    .    x    x    x    .    .    .
+#
+# Behind EOS all is zero, and whatever stands there changes nothing: it is selected away, never multiplied by 0.
+
+
+@dataclass(frozen=True)
+class Ppo(Common):
+    """Improve a chat model by PPO on the scores of two reward models (§3.2.3, eq. 3 and 4)."""
+    preset: str | None = None  # whose hyper-parameters to take; by default those of the size of --init
+    init: str = "out/rlhf-v2"  # chat model to start from; it stays as the π₀ of the KL penalty
+    helpfulness: str = "out/reward-helpfulness"  # reward model R_h; the critic starts from it too
+    harmlessness: str = "out/reward-safety"  # reward model R_s
+    threshold: float | None = None  # R_s below which an answer counts as unsafe; else chosen on --safety_test | 0.15
+    safety_test: str = "out/preferences/safety-test.jsonl"  # held-out comparisons with safety labels, to choose the threshold on
+    out: str = ""  # folder of this run, else INIT-ppo; started again, it goes on where it stopped
+    prompts: str = ""  # .jsonl of {"prompt": text or messages, "unsafe": true or false}; else prompts of the tiny world
+    world: int | None = None  # seed of the tiny world; by default that of --init
+    unsafe: float = 0.25  # share of unsafe prompts of the tiny world
+    steps: int | None = None  # iterations: sample, score, learn | 200 to 400
+    lr: float | None = None  # learning rate of the policy | 1e-6
+    critic_lr: float | None = None  # learning rate of the critic | not stated
+    warmup: int = 0  # iterations of linear warm-up | constant rate
+    lr_floor: float = 1.0  # where the rate ends, a share of the peak | constant rate
+    batch_size: int | None = None  # prompts of an iteration, with one answer each | 512
+    mini_batch: int | None = None  # answers of a gradient step; each is used once | 64
+    micro_batch: int | None = None  # answers of one forward pass on one rank
+    seq_len: int | None = None  # longest prompt with its answer, in tokens; a longer prompt loses its beginning
+    max_new_tokens: int | None = None  # longest answer, in tokens | not stated
+    temperature: float = 1.0  # of the samples, and of every log-probability | not stated
+    critic_warmup: int | None = None  # first iterations, in which the critic alone learns | not stated
+    gamma: float = 1.0  # discount of later rewards | not stated
+    lam: float = 0.95  # λ of the advantages | not stated
+    clip: float = 0.2  # how far the ratio of probabilities is followed from 1 | 0.2
+    value_clip: float = 0.2  # how far a value is followed from what it was | not stated
+    kl_coef: float | None = None  # β of eq. 4 | 0.01 (7B, 13B), 0.005 (34B, 70B)
+    adaptive_kl: bool = False  # steer β towards --kl_target (Ziegler et al., 2019) | constant
+    kl_target: float = 1.0  # KL for --adaptive_kl, in nats an answer
+    kl_horizon: float = 2000.0  # answers in which --adaptive_kl may change β by a factor of about e^0.2
+    ptx_coef: float = 0.0  # weight of the loss on --ptx_data (InstructGPT's PPO-ptx) | 0
+    ptx_data: tuple[str, ...] = ("toy",)  # text for --ptx_coef, as `pretrain.py --data` names it
+    whiten: bool = True  # give the scores of a batch mean 0 and variance 1 | yes
+    piecewise: bool = True  # R_c of both reward models; else R_h alone | yes
+    eval_prompts: int | None = None  # held-out prompts for early stopping
+    patience: int | None = None  # evaluations without a better reward on them until the run stops | not stated
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {
+        name: dict(lr=1e-6, critic_lr=1e-6, batch_size=512, mini_batch=64, micro_batch=1, steps=400, critic_warmup=20,
+                   kl_coef=0.01 if config.dim <= 5120 else 0.005, seq_len=min(4096, config.max_seq_len), max_new_tokens=1024,
+                   eval_every=20, save_every=20, eval_prompts=512, patience=5, checkpointing=True)
+        for name, config in PRESETS.items() if not name.startswith("toy")
+    } | {
+        name: dict(lr=5e-5, critic_lr=2e-4, batch_size=64, mini_batch=16, micro_batch=8, steps=60, critic_warmup=5,
+                   kl_coef=0.1, seq_len=256, max_new_tokens=64, eval_every=10, save_every=10, eval_prompts=192, patience=4,
+                   checkpointing=False)
+        for name in PRESETS if name.startswith("toy")  # toy values: our choice
+    }
+
+
+# ---- rewards
+
+
+def logit(p: Tensor, margin: float = 1e-6) -> Tensor:
+    """log(p / (1 - p)), the inverse of the sigmoid (§3.2.3); p is kept `margin` away from 0 and 1, so that it stays finite."""
+    return torch.logit(p, eps=margin)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / √(variance + 1e-8) over all places of the mask at once; 0 elsewhere (§3.2.3, WHITEN).
+
+    x, mask: of any one shape; mask: bool. The variance is the unbiased one; of a single place it is 0.
+    """
+    n = mask.sum()
+    away = (x - x.where(mask, 0).sum() / n.clamp(min=1)).where(mask, 0)
+    return away / (away.square().sum() / (n - 1).clamp(min=1) + 1e-8).sqrt()
+
+
+def whiten_scores(r_c: Tensor, finished: Tensor, whitened: bool = True) -> Tensor:
+    """R̃_c = WHITEN(LOGIT(R_c)) over a batch (§3.2.3); an answer that was cut off gets -1 and counts in no mean (our choice).
+
+    r_c: (rows,) R_c in (0, 1). finished: (rows,) bool, whether an answer ended with EOS.
+    """
+    scores = logit(r_c)
+    scores = whiten(scores, finished) if whitened else scores.where(finished, 0)
+    return scores - (~finished).to(scores.dtype)
+
+
+def kl_estimates(log_probs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """k1 = log π/π₀ and k3 = π₀/π - 1 - log π₀/π of each token: the mean of both under π is KL(π ‖ π₀) (Schulman, 2020).
+
+    k1 can be negative and is what eq. 4 pays for; k3 can't, varies less, and is logged beside it.
+    """
+    difference = reference - log_probs
+    return -difference, torch.expm1(difference) - difference
+
+
+def token_rewards(scores: Tensor, log_probs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """R of eq. 4 token by token: -β log π/π₀ for each action, and the score of the answer for its last one. (rows, seq)
+
+    scores: (rows,). log_probs, reference: (rows, seq) of the actions under π and π₀.
+    """
+    k1, _ = kl_estimates(log_probs, reference)
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # (rows, seq)
+    return (-kl_coef * k1).where(mask, 0) + scores[:, None].where(is_last, 0)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and the returns that values should have had, each (rows, seq) (Schulman et al., 2016).
+
+    A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t, and nothing behind the last action. Returns are A + V, of
+    advantages that are not yet whitened.
+    """
+    rewards, values = rewards.where(mask, 0), values.where(mask, 0)
+    advantages = torch.zeros_like(values)
+    advantage = value = torch.zeros_like(values[:, 0])  # (rows,), of the place behind
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * value - values[:, t]
+        advantage, value = (delta + gamma * lam * advantage).where(mask[:, t], 0), values[:, t]
+        advantages[:, t] = advantage
+    return advantages, advantages + values
+
+
+def adapted(kl_coef: float, kl: float, target: float, n: int, horizon: float) -> float:
+    """The next β after n answers with this KL: β (1 + clip(KL / target - 1, ±0.2) n / horizon) (Ziegler et al., 2019)."""
+    return kl_coef * (1 + min(0.2, max(-0.2, kl / target - 1)) * n / horizon)
+
+
+# ---- losses
+
+
+def ppo_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """max(-A ρ, -A clamp(ρ, 1 - clip, 1 + clip)) with ρ = π/π_old, and how often the clamp bites; sums over the mask.
+
+    All (rows, seq); old: log-probabilities of the policy that drew the answers (Schulman et al., 2017; §3.2.3: clip 0.2).
+    """
+    ratio = (log_probs - old).where(mask, 0).exp()  # (rows, seq)
+    advantages = advantages.where(mask, 0)
+    free, clamped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return torch.maximum(free, clamped).sum(), (clamped > free).sum()
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """½ max((V - R)², (clamp(V, old ± clip) - R)²), and how often the clamp bites; sums over the mask. All (rows, seq)."""
+    clamped = torch.clamp(values, old - clip, old + clip)
+    free, clamped = ((v - returns).where(mask, 0).square() for v in (values, clamped))
+    return 0.5 * torch.maximum(free, clamped).sum(), (clamped > free).sum()
+
+
+def policy_step_loss(model: nn.Module, batch: list[Tensor], settings: Ppo, ptx_weight: float) -> tuple[Tensor, Tensor, dict]:
+    """`ppo_loss` of a micro-batch (inputs, targets, old, advantages), or the weighted loss of text (inputs, targets)."""
+    inputs, targets, *answers = batch
+    mask = targets != IGNORE
+    if not answers:
+        nothing = mask.sum() * 0
+        return -ptx_weight * model(inputs, targets).sum(), nothing, {"clipped": nothing}
+    loss, clipped = ppo_loss(model(inputs, targets, temperature=settings.temperature), *answers, mask, settings.clip)
+    return loss, mask.sum(), {"clipped": clipped}
+
+
+def critic_step_loss(model: nn.Module, batch: list[Tensor], settings: Ppo) -> tuple[Tensor, Tensor, dict]:
+    """`value_loss` of a micro-batch (inputs, targets, old values, returns)."""
+    inputs, targets, *old_and_returns = batch
+    mask = targets != IGNORE
+    loss, clipped = value_loss(model(inputs), *old_and_returns, mask, settings.value_clip)
+    return loss, mask.sum(), {"clipped": clipped}
+
+
+# ---- models and batches
+
+
+class Critic(RewardModel):
+    """The value of what was read, at every place: a reward model's trunk under a new head, which starts at zero."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (rows, seq). Returns (rows, seq), in units of the whitened score."""
+        return Transformer.forward(self, tokens)[..., 0].clone()  # FSDP wants no view
+
+
+class Models(NamedTuple):
+    """The five models of PPO, each sharded over the ranks: two that learn, three that are frozen."""
+    policy: Transformer
+    critic: Critic
+    reference: Transformer  # π₀
+    helpfulness: RewardModel  # R_h
+    safety: RewardModel  # R_s
+
+
+def load_models(parent: Parent, settings: Ppo, ranks: Ranks) -> Models:
+    """Policy and reference from --init, the reward models, and the critic: the trunk of R_h under a head of zeros."""
+    policy, reference = (build(parent.config, settings, ranks) for _ in range(2))
+    for model in (policy, reference):
+        parent.fill(model)
+    helpful = parent_of(settings.helpfulness)
+    critic = build(helpful.config, settings, ranks, Critic)
+    helpful.fill(critic, skip=HEAD)
+    set_weights(critic.output, lambda name, shape: torch.zeros(shape, device=ranks.device))
+    judges = (load_reward(folder, settings, ranks) for folder in (settings.helpfulness, settings.harmlessness))
+    return Models(policy, critic, reference.eval().requires_grad_(False), *judges)
+
+
+def align(prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(inputs, targets), each (rows, seq), as drawn above: targets are the answers' tokens, IGNORE elsewhere."""
+    tokens, lengths = padded([prompt + answer for prompt, answer in zip(prompts, answers)])
+    place, first = torch.arange(tokens.shape[1] - 1), torch.tensor([len(prompt) for prompt in prompts])
+    is_action = (place >= first[:, None] - 1) & (place < lengths[:, None] - 1)  # (rows, seq)
+    return tokens[:, :-1], tokens[:, 1:].masked_fill(~is_action, IGNORE)
+
+
+def deal(targets: Tensor, settings: Ppo, ranks: Ranks) -> list[list[Tensor]]:
+    """Of each mini-batch, this rank's micro-batches: numbers of rows, in order of length, so that little is padding.
+
+    All ranks get equally many; one that is left over is empty.
+    """
+    ends, dealt = (targets != IGNORE).cumsum(1).argmax(1), []  # (rows,), the place of the last action
+    for mini in torch.arange(len(targets)).split(settings.mini_batch):
+        groups = list(mini[ends[mini].argsort(stable=True)].split(settings.micro_batch))
+        groups += [mini[:0]] * (-len(groups) % ranks.world_size)
+        dealt.append(groups[ranks.rank :: ranks.world_size])
+    return dealt
+
+
+def take(batch: tuple[Tensor, ...], rows: Tensor) -> list[Tensor]:
+    """These rows of (inputs, targets, ...), without the columns that are padding in all of them.
+
+    Of no rows it takes one with nothing to learn: models are sharded, so that every rank must run along.
+    """
+    inputs, targets, *others = (x[rows] if len(rows) else x[:1] for x in batch)
+    width = int((targets != IGNORE).any(0).nonzero().max()) + 1
+    targets = targets if len(rows) else torch.full_like(targets, IGNORE)
+    return [x[:, :width] for x in (inputs, targets, *others)]
+
+
+@torch.no_grad()
+def at_every_place(model: nn.Module, compute: Callable, batch: tuple[Tensor, ...], settings: Ppo, ranks: Ranks) -> Tensor:
+    """compute(inputs, targets) of all rows, in the very micro-batches that are trained on, so that the first ratio is 1.
+
+    Returns (rows, seq) in float64 to every rank: figures are small, only models are large.
+    """
+    found = torch.zeros(batch[0].shape, dtype=torch.double)
+    for rows in chain(*deal(batch[1], settings, ranks)):
+        part = compute(*(x.to(ranks.device) for x in take(batch, rows)))
+        found[rows, : part.shape[1]] = part[: len(rows)].double().cpu()
+    model.reshard()  # without a backward pass the root would stay whole
+    dist.all_reduce(found)
+    return found
+
+
+# ---- the three parts of an iteration: sample, score, learn
+
+
+def sample_answers(policy: Transformer, prompts: list[dict], seed: int, tokenizer: Tokenizer, settings: Ppo,
+                   ranks: Ranks) -> tuple[list[list[int]], list[list[int]]]:
+    """The ids of prompts, and of one answer to each, with EOS if it came. The ranks share the work; all get all."""
+    room = settings.seq_len - settings.max_new_tokens
+    ids = [tokenizer.encode_dialog(toy_messages(prompt))[0][-room:] for prompt in prompts]
+    mine = range(ranks.rank, len(ids), ranks.world_size)
+    with gathered(policy, compute_dtype(settings, ranks)) as whole:  # top-p would draw from another policy than learns
+        drawn = generate(whole, [ids[i] for i in mine], settings.max_new_tokens, settings.temperature, top_p=1.0,
+                         stop=(tokenizer.eos_id,), seed=seed, rows=mine)
+    parts: list = [None] * ranks.world_size
+    dist.all_gather_object(parts, drawn, group=cpu_group())
+    return ids, [parts[i % ranks.world_size][i // ranks.world_size] for i in range(len(ids))]
+
+
+def score_answers(models: Models, prompts: list[dict], ids: list[list[int]], answers: list[list[int]], threshold: float,
+                  settings: Ppo, ranks: Ranks) -> tuple[Tensor, dict[str, float]]:
+    """R_c of each answer, (rows,) in (0, 1), and the means to log: of LOGIT(R_c), R_s and R_h."""
+    rows = [prompt + answer for prompt, answer in zip(ids, answers)]
+    room = settings.micro_batch * settings.seq_len  # tokens of a forward pass
+    r_s, r_h = (sigmoid(score_rows(judge, rows, room, ranks)) for judge in (models.safety, models.helpfulness))
+    is_safety = np.array([bool(prompt.get("unsafe")) for prompt in prompts])
+    r_c = torch.from_numpy(combine_rewards(r_s, r_h, is_safety, threshold) if settings.piecewise else r_h)
+    return r_c, {"reward": logit(r_c).mean().item(), "R_s": r_s.mean(), "R_h": r_h.mean()}
+
+
+def make_batch(models: Models, ids: list[list[int]], answers: list[list[int]], r_c: Tensor, eos_id: int, kl_coef: float,
+               settings: Ppo, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What is learned from, each (rows, seq): inputs, targets, log_probs, values, advantages (whitened), returns; and figures.
+
+    sigmoid → R_c → logit → whitened over the batch → -β · k1 of each token → advantages → whitened over all tokens.
+    """
+    inputs, targets = batch = align(ids, answers)
+    mask = targets != IGNORE  # (rows, seq)
+    finished = torch.tensor([answer[-1] == eos_id for answer in answers])  # (rows,)
+    log_probs, reference = (at_every_place(model, partial(model, temperature=settings.temperature), batch, settings, ranks)
+                            for model in (models.policy, models.reference))
+    values = at_every_place(models.critic, lambda inputs, _: models.critic(inputs), batch, settings, ranks)
+    scores = whiten_scores(r_c, finished, settings.whiten)  # (rows,)
+    rewards = token_rewards(scores, log_probs, reference, mask, kl_coef)
+    advantages, returns = gae(rewards, values, mask, settings.gamma, settings.lam)
+    k1, k3 = (k.where(mask, 0).sum(1).mean().item() for k in kl_estimates(log_probs, reference))
+    figures = {"kl": k1, "kl_k3": k3, "entropy": -log_probs[mask].mean().item(),  # -log π of its own samples: entropy on average
+               "explained_variance": 1 - ((returns - values)[mask].var() / returns[mask].var()).item(),
+               "length": mask.sum(1).double().mean().item(), "truncated": 1 - finished.double().mean().item()}
+    return {"inputs": inputs, "targets": targets, "log_probs": log_probs, "values": values,
+            "advantages": whiten(advantages, mask), "returns": returns}, figures
+
+
+def learn(models: Models, optimizers: dict[str, torch.optim.Optimizer], batch: dict[str, Tensor], iteration: int,
+          texts: Mixture | None, settings: Ppo, ranks: Ranks, interrupted: bool) -> dict[str, float]:
+    """One gradient step of policy and critic on each mini-batch (§3.2.3). Returns means over the steps."""
+    rate = cosine_schedule(iteration - 1, settings.steps, settings.warmup, settings.lr_floor)
+    of_policy, of_critic = ([batch[name] for name in ("inputs", "targets", *names)] for names in (
+        ("log_probs", "advantages"), ("values", "returns")))
+    n, steps = settings.mini_batch, []
+    for number, parts in enumerate(deal(batch["targets"], settings, ranks)):
+        found = {}
+        if iteration > settings.critic_warmup:
+            extra, weight = [], 0.0
+            if texts:  # the mean loss of text beside the mean over the actions of the mini-batch
+                step = (iteration - 1) * settings.batch_size // n + number
+                extra = texts.batch_at(step % (texts.n_rows // n), n, settings.micro_batch, ranks)
+                actions = (batch["targets"][number * n : (number + 1) * n] != IGNORE).sum().item()
+                weight = settings.ptx_coef * actions / (n * settings.seq_len)
+            found["policy"] = optimizer_step(
+                models.policy, optimizers["policy"], [take(of_policy, rows) for rows in parts] + extra,
+                partial(policy_step_loss, settings=settings, ptx_weight=weight), settings.lr * rate, settings.grad_clip, ranks)
+        found["critic"] = optimizer_step(
+            models.critic, optimizers["critic"], [take(of_critic, rows) for rows in parts],
+            partial(critic_step_loss, settings=settings), settings.critic_lr * rate, settings.grad_clip, ranks, interrupted)
+        steps.append({f"{key}/{who}": value for who, figures in found.items() for key, value in figures.items()})
+    return {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
+
+
+# ---- the loop
+
+
+def load_prompts(settings: Ppo) -> tuple[list[dict], list[dict]]:
+    """(to learn from, held out). Of a file, one prompt in twenty is held out; of the tiny world, the first are made as needed."""
+    if not settings.prompts:
+        world = tiny_world(settings.world)
+        return [], toy_prompts(world, settings.eval_prompts, settings.seed, "test", settings.unsafe)
+    found, held = held_out(file_prompts(settings.prompts))
+    if not found or not held:
+        raise InputError(f"--prompts {settings.prompts}: so few prompts leave none to {'learn from' if held else 'hold out'}")
+    return found, held[: settings.eval_prompts]
+
+
+def prompts_at(found: list[dict], iteration: int, settings: Ppo) -> list[dict]:
+    """The prompts of an iteration, by its number alone: those found, in a new order each epoch, else of the tiny world."""
+    if not found:
+        seed = f"{settings.seed}/{iteration}"
+        return toy_prompts(tiny_world(settings.world), settings.batch_size, seed, unsafe=settings.unsafe)
+    numbers = np.arange((iteration - 1) * settings.batch_size, iteration * settings.batch_size)
+    return [found[permute(np.array([number % len(found)]), len(found), settings.seed + number // len(found))[0]]
+            for number in numbers.tolist()]
+
+
+def true_figures(prompts: list[dict], answers: list[list[int]], tokenizer: Tokenizer, world: toy.World) -> dict[str, float]:
+    """What the annotators of the tiny world say: mean helpfulness of answers to harmless prompts, mean safety of the others."""
+    texts = [tokenizer.decode(answer).strip() for answer in answers]
+    harmless = [toy.helpfulness(world, p, text) for p, text in zip(prompts, texts) if not p["unsafe"]]
+    unsafe = [toy.safety(world, p, text) for p, text in zip(prompts, texts) if p["unsafe"]]
+    return {f"true/{name}": float(np.mean(v)) for name, v in (("helpfulness", harmless), ("safety", unsafe)) if v}
+
+
+def resume(out: Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ranks: Ranks) -> dict:
+    """Fill modules and optimizers from the newest checkpoint, and cut the logs behind it; what progress it holds, if any."""
+    newest = [str(checkpoints(out)[-1]) if checkpoints(out) else None]
+    dist.broadcast_object_list(newest, group=cpu_group())  # a slow shared disk must not make ranks disagree
+    progress = load_checkpoint(newest[0], modules, optimizers) if newest[0] else {}
+    if ranks.rank == 0:
+        rewind(out / "metrics.jsonl", progress.get("step", -1))
+        rewind(out / "samples.txt", progress.get("step", -1))
+    return progress
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """The weights of one sharded model into another of the same shape."""
+    for mine, theirs in zip(target.parameters(), source.parameters()):
+        mine.to_local().copy_(theirs.to_local())
+
+
+def ptx_rows(settings: Ppo, parent: Parent, ranks: Ranks) -> Mixture:
+    """The text of --ptx_data as rows of seq_len tokens, as pretraining reads it."""
+    reading = pretrain.Settings(out=settings.out, data=settings.ptx_data, tokenizer=parent.tokenizer, world=settings.world)
+    found = text_sources(reading)
+    folder, index = prepare(found, reading, ranks)
+    parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
+    tokenizer = Tokenizer(parent.tokenizer)
+    with rank_0_first(ranks):
+        rows = Mixture(parts, settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
+    if rows.n_rows < settings.mini_batch:
+        raise InputError(f"--ptx_data {' '.join(settings.ptx_data)}: {rows.n_rows} rows of {settings.seq_len} tokens are fewer "
+                         f"than a mini-batch of {settings.mini_batch}; give more text")
+    return rows
+
+
+def ppo(settings: Ppo) -> None:
+    """Run PPO: prompts → answers → scores → rewards → advantages → clipped steps. The best on held-out prompts remains.
+
+    A checkpoint holds the best policy so far as "model", which is what other stages load, and where learning stands.
+    """
+    if settings.world is None:
+        settings = replace(settings, world=world_of(settings.init))
+    settings = replace(settings, out=settings.out or f"{settings.init}-ppo")
+    parent, judges = parent_of(settings.init), {name: parent_of(name) for name in (settings.helpfulness, settings.harmlessness)}
+    for name, judge in judges.items():
+        if Path(judge.tokenizer).read_bytes() != Path(parent.tokenizer).read_bytes():
+            raise InputError(f"{name} has another tokenizer than {settings.init}; their answers have no ids in common")
+    if settings.seq_len > parent.config.max_seq_len or settings.max_new_tokens >= settings.seq_len:
+        raise InputError(f"--seq_len {settings.seq_len} must be above --max_new_tokens {settings.max_new_tokens}, and at most "
+                         f"{parent.config.max_seq_len}, the model's context")
+    if settings.batch_size % settings.mini_batch or settings.temperature <= 0:
+        raise InputError("--batch_size must be a multiple of --mini_batch, and --temperature above 0")
+    tokenizer, out, (found, held) = Tokenizer(parent.tokenizer), Path(settings.out), load_prompts(settings)
+    ranks = start(settings)
+    with locked(settings.out, ranks):
+        data = {name: judge.fingerprint for name, judge in judges.items()}
+        data |= {file: file_fingerprint(file) for file in (settings.prompts,) if file}
+        record = open_run(settings, "ppo", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
+        models, best = load_models(parent, settings, ranks), build(parent.config, settings, ranks)
+        modules = {"model": best, "policy": models.policy, "critic": models.critic}
+        optimizers = {name: adamw(modules[name], settings.weight_decay, settings.adam_eps) for name in ("policy", "critic")}
+        state = {"step": 0, "kl_coef": settings.kl_coef, "best": -math.inf, "best_step": 0, "seconds": 0.0}
+        state |= resume(out, modules, optimizers, ranks)
+        texts = ptx_rows(settings, parent, ranks) if settings.ptx_coef else None
+        threshold = settings.threshold
+        if threshold is None:
+            threshold, *_ = safety_threshold(settings, models, tokenizer)
+        if ranks.rank == 0:
+            replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
+            replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
+            print(f"safety scores below {threshold:.3f} count as unsafe")
+            print_settings(settings)
+        log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8") if ranks.rank == 0 else None
+        bar = tqdm(total=settings.steps, initial=state["step"], unit="iteration", disable=ranks.rank > 0, dynamic_ncols=True)
+
+        def truth(prompts: list[dict], answers: list[list[int]]) -> dict[str, float]:
+            return {} if settings.prompts else true_figures(prompts, answers, tokenizer, tiny_world(settings.world))
+
+        def evaluate() -> dict[str, float]:
+            """How the policy does on held-out prompts, always with the same random numbers; keep it if it is the best so far."""
+            ids, answers = sample_answers(models.policy, held, seed_of("held out"), tokenizer, settings, ranks)
+            _, figures = score_answers(models, held, ids, answers, threshold, settings, ranks)
+            if figures["reward"] > state["best"]:
+                state.update(best=figures["reward"], best_step=state["step"])
+                copy_weights(models.policy, best)
+            if ranks.rank == 0:
+                said = [tokenizer.decode(prompt + answer).strip() for prompt, answer in zip(ids[:8], answers)]
+                log_samples(out / "samples.txt", state["step"], said)
+            return {f"held-out/{name}": value for name, value in (figures | truth(held, answers)).items()}
+
+        def going_on() -> bool:
+            return state["step"] < min(settings.steps, state["best_step"] + settings.patience * settings.eval_every)
+
+        def seed_of(purpose: object) -> int:
+            return zlib.crc32(f"{settings.seed} {purpose}".encode())
+
+        def write(figures: dict) -> None:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+            if log:
+                log.write(json.dumps({"step": state["step"], **finite}) + "\n")
+
+        if state["step"] == 0:
+            write(evaluate())
+        with signals() as caught:
+            while going_on():
+                state["step"] += 1
+                clock = [time.perf_counter()]
+                prompts = prompts_at(found, state["step"], settings)
+                ids, answers = sample_answers(models.policy, prompts, seed_of(state["step"]), tokenizer, settings, ranks)
+                clock.append(time.perf_counter())
+                r_c, figures = score_answers(models, prompts, ids, answers, threshold, settings, ranks)
+                batch, measured = make_batch(models, ids, answers, r_c, tokenizer.eos_id, state["kl_coef"], settings, ranks)
+                clock.append(time.perf_counter())
+                learned = learn(models, optimizers, batch, state["step"], texts, settings, ranks, bool(caught))
+                clock.append(time.perf_counter())
+                interrupted = learned.pop("interrupted/critic") > 0
+                times = {f"seconds/{name}": seconds for name, seconds in zip(("sampling", "scoring", "training"), np.diff(clock))}
+                figures |= measured | learned | truth(prompts, answers) | {"kl_coef": state["kl_coef"]}
+                if settings.adaptive_kl:
+                    n = settings.batch_size
+                    state["kl_coef"] = adapted(state["kl_coef"], figures["kl"], settings.kl_target, n, settings.kl_horizon)
+                if state["step"] % settings.eval_every == 0 or state["step"] == settings.steps:
+                    figures |= evaluate()
+                state["seconds"] += clock[-1] - clock[0]
+                write(figures | times | {"seconds": round(state["seconds"], 3)})
+                shown = [f"{name} {figures[key]:.2f}" for name, key in BAR.items() if key in figures]
+                bar.set_postfix_str(" ".join(shown), refresh=False)
+                bar.update()
+                if state["step"] % settings.save_every == 0 or interrupted or not going_on():
+                    save_checkpoint(out, state["step"], modules, optimizers, state, settings.keep)
+                if interrupted:
+                    bar.close()
+                    if ranks.rank == 0:
+                        print(f"stopped; saved {out}/step-{state['step']:06d}. The same command goes on from there.", flush=True)
+                    sys.exit(128 + (caught or [signal.SIGTERM])[0])
+        bar.close()
+        if ranks.rank == 0:
+            report_ppo(out, state)
+
+
+BAR = {"reward": "reward", "KL": "kl", "length": "length", "cut": "truncated", "true": "true/helpfulness"}
+
+
+def report_ppo(out: Path, state: dict) -> None:
+    """Print the held-out figures before the first iteration and of the best policy, and draw ppo.png."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {row["step"]: row for row in rows if "held-out/reward" in row}
+    print(f"\n{state['step']} iterations in {state['seconds']:.0f} s; the best on held-out prompts, of iteration "
+          f"{state['best_step']}, is the model in {out}")
+    print(f"{'on held-out prompts':24} {'before':>8} {'best':>8} {'last':>8}")
+    for name in [key for key in rows[0] if key.startswith("held-out/")]:
+        picked = (evaluations[0], evaluations[state["best_step"]], evaluations[max(evaluations)])
+        print(f"{name.removeprefix('held-out/'):24} " + " ".join(f"{row[name]:8.3f}" for row in picked))
+    draw_ppo(out, rows)
+
+
+def draw_ppo(out: Path, rows: list[dict]) -> None:
+    """out/ppo.png: what metrics.jsonl says of each iteration, in six panels."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no ppo.png: `pip install matplotlib` draws it")
+        return
+    panels = [("logit of R_c", ["reward", "held-out/reward"]),
+              ("score, 0 to 1", ["R_s", "R_h", "true/safety", "true/helpfulness", "held-out/true/helpfulness"]),
+              ("KL to the start (nats an answer)", ["kl", "kl_k3"]), ("entropy (nats a token)", ["entropy"]),
+              ("share", ["clipped/policy", "truncated", "explained_variance"]), ("answer length (tokens)", ["length"])]
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex=True)
+    for axis, (label, names) in zip(axes.flat, panels):
+        for name, colour in zip(names, COLOURS):
+            steps, values = zip(*[(row["step"], row[name]) for row in rows if row.get(name) is not None] or [((), ())])
+            axis.plot(steps, values, "o-" if name.startswith("held-out") else "-", ms=4, color=colour, label=name)
+        axis.set(xlabel="iteration", ylabel=label)
+        axis.legend()
+    figure.savefig(out / "ppo.png", dpi=150)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------- safety context distillation
@@ -703,7 +1252,7 @@ def draw_distilled(found: list[dict], out: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- the command line
 
-COMMANDS = {"curves": (curves, Curves), "distill": (distill, Distill)}
+COMMANDS = {"curves": (curves, Curves), "ppo": (ppo, Ppo), "distill": (distill, Distill)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:

@@ -145,12 +145,15 @@ def messages_of(row: object) -> list[dict]:
     return ([{"role": "system", "content": row["system"]}] if row.get("system") else []) + messages
 
 
-def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str, list[dict]]]:
-    """(place, messages) of each row of a file, in any format of `messages_of`.
+def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str, list[dict] | tuple[list[int], list[bool]]]]:
+    """(place, messages) of each row of a file, in any format of `messages_of`; of what gatt.py wrote (place, (ids, is_answer)).
 
     A bad row stops with an InputError that names its place; with a list `bad` it is noted there and left out.
     """
     for place, row in read_rows(file):
+        if isinstance(row, dict) and "turns" in row and "is_answer" in row:
+            yield place, ([token for turn in row["turns"] for part in turn for token in part], row["is_answer"])
+            continue
         try:
             messages = messages_of(row)
             turns = dialog_turns(messages)

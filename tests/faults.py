@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import eval as evaluation
+import gatt
 import pretrain
 import reward
 import rlhf
@@ -35,7 +36,7 @@ DIALOGS = [{"prompt": f"How many eggs has the {name}?", "response": f"It has {i}
 PAIRS = [{"prompt": f"Eggs of the fox, day {i}?", "chosen": f"It has {i} eggs.", "rejected": "None."} for i in range(80)]
 SMALL = ["--device", "cpu", "--threads", "1", "--out", "{out}", "--batch_size", "4"]
 TRAIN = [*SMALL, "--preset", "toy-s", "--micro_batch", "4", "--steps", "9", "--save_every", "3", "--eval_every", "3"]
-STAGES = {  # name: main, settings, flags, kind of model; {base} holds small data files and, behind the first stage, base: a run of it
+STAGES = {  # name: main, settings, flags, kind of model; {base} holds small data files, and the runs of MADE that the flags name
     "pretrain": (pretrain.main, pretrain.Settings,
                  [*TRAIN, "--data", "{base}/farm.txt", "--seq_len", "16", "--vocab_size", "340", "--sample_tokens", "4"], Transformer),
     "sft": (sft.main, sft.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "64",
@@ -50,6 +51,11 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
               "--harmlessness", "{base}/judge/out", "--threshold", "0.15", "--n_prompts", "8", "--n_samples", "8",
               "--sample_batch", "4", "--temperature", "1", "--max_new_tokens", "40", "--seq_len", "128", "--sample_tokens", "4",
               "--data", "pool:4", "{base}/chat.jsonl"], Transformer),
+    "ppo": (rlhf.ppo, rlhf.Ppo,
+            [*TRAIN, "--init", "{base}/base/out", "--helpfulness", "{base}/judge/out", "--harmlessness", "{base}/judge/out",
+             "--threshold", "0.2", "--mini_batch", "2", "--critic_warmup", "1", "--lr", "1e-3", "--adaptive_kl",
+             "--max_new_tokens", "6", "--seq_len", "40", "--eval_prompts", "4", "--patience", "9", "--ptx_coef", "0.1",
+             "--ptx_data", "{base}/farm.txt"], Transformer),
     "distill": (rlhf.distill, rlhf.Distill,
                 [*TRAIN, "--init", "{base}/base/out", "--harmlessness", "{base}/judge/out", "--no-gate", "--n_prompts", "12",
                  "--sample_batch", "6", "--temperature", "1", "--max_new_tokens", "60", "--seq_len", "128", "--sample_tokens", "4",
@@ -58,10 +64,13 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
     "judge": (evaluation.judge, evaluation.Judge, [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--judge", "truth",
                                                    "--n_prompts", "6", "--temperature", "1", "--max_new_tokens", "8"],
               None),
+    "gatt": (gatt.main, gatt.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "256",
+                                        "--reward", "{base}/judge/out", "--samples", "2", "--max_new_tokens", "64", "--sample_batch", "20",
+                                        "--temperature", "1", "--replay", "0.3", "--sample_tokens", "4"], Transformer),
 }
-NEEDS_JUDGE = {"rlhf", "distill"}  # stages with a reward model: {base}/judge is one
+MADE = {"base": "pretrain", "judge": "reward"}  # what a stage starts from: folder and stage
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-CLOCKS = {"tokens_per_s", "seconds", "mfu"}
+CLOCKS = {"tokens_per_s", "seconds", "mfu", "seconds/sampling", "seconds/scoring", "seconds/training"}
 
 
 def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: float | None = None) -> tuple[int, int]:
@@ -122,12 +131,11 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
     (base / "farm.txt").write_text(TEXT)
     for name, rows in (("chat", DIALOGS), ("pairs", PAIRS)):
         (base / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name in ("base", "judge", "whole"):
-        (base / name).mkdir()
-    if stage != "pretrain":
-        assert run("pretrain", base / "base")[0] == 0
-    if stage in NEEDS_JUDGE:
-        assert run("reward", base / "judge")[0] == 0
+    (base / "whole").mkdir()
+    for name, maker in MADE.items():
+        if any(f"{{base}}/{name}/" in flag for flag in STAGES[stage][2]):
+            (base / name).mkdir()
+            assert run(maker, base / name)[0] == 0
     began = time.perf_counter()
     code, operations = run(stage, base / "whole")
     seconds = time.perf_counter() - began
