@@ -1031,7 +1031,7 @@ def draw_ppo(out: Path, rows: list[dict]) -> None:
             steps, values = zip(*[(row["step"], row[name]) for row in rows if row.get(name) is not None] or [((), ())])
             axis.plot(steps, values, "o-" if name.startswith("held-out") else "-", ms=4, color=colour, label=name)
         axis.set(xlabel="iteration", ylabel=label)
-        axis.legend()
+        axis.legend(fontsize=8, framealpha=0.5)
     figure.savefig(out / "ppo.png", dpi=150)
     plt.close(figure)
 
