@@ -42,7 +42,7 @@ stage gatt.py attention out/gatt --before out/rlhf-v1   # Figure 10
 
 stage eval.py versions out/sft-ppo out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo out/gatt $judges     # Figure 11
 stage eval.py judge --a out/rlhf-v2-ppo --b out/sft --judge truth       # §3.4: side by side
-stage eval.py safety out/sft out/rlhf-v1 out/rlhf-v2-ppo        # §4.4: violations, refusals, red team
+stage eval.py safety out/sft out/rlhf-v1 out/rlhf-v2-ppo --rewards out/reward-helpfulness-v2 out/reward-safety-v2     # §4.4, Figure 14
 stage eval.py diversity out/sft out/rlhf-v2-ppo         # Figure 21
 stage eval.py corpus toy        # Table 9
 stage eval.py report            # out/report.html
