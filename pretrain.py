@@ -852,11 +852,16 @@ def stored_weights(out: str | Path) -> tuple[ModelConfig, Callable]:
 
 
 def fingerprint(out: str | Path) -> str:
-    """What identifies the newest weights of a run: a hash of its config and of that checkpoint's progress."""
-    found = checkpoints(out)
-    if not found:
+    """What identifies the newest weights of a run: a hash of what made them, and of that checkpoint's progress.
+
+    A finished run that is started again, perhaps with other threads or intervals, keeps it.
+    """
+    found, config = checkpoints(out), read_config(out)
+    if not found or not config:
         raise InputError(f"--init {out}: there is no checkpoint in it")
-    content = Path(out, "config.json").read_bytes() + Path(found[-1], "progress.json").read_bytes()
+    settings = {name: value for name, value in config["settings"].items() if name not in FREE}
+    made_of = [config["stage"], settings, config["model"], config.get("data"), config.get("parent_fingerprint")]
+    content = json.dumps(made_of, sort_keys=True).encode() + Path(found[-1], "progress.json").read_bytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
