@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import pretrain
-from model import IGNORE, PRESETS, ModelConfig, Transformer, generate, with_vocab
+from model import IGNORE, PRESETS, Transformer, generate, with_vocab
 from pretrain import (InputError, Mixture, Ranks, Settings, adamw, build, checkpoints, cosine_schedule, flops_per_token,
                       gathered, interval, lm_loss, load_checkpoint, load_model, optimizer_step, parse, permute, perplexity,
                       read_documents, save_checkpoint, text_sources, train)
@@ -547,19 +547,3 @@ def test_a_run_goes_on_at_another_world_size_with_the_same_losses(tmp_path, text
     assert np.abs(losses(tmp_path / "a") - losses(tmp_path / "b")).max() < 1e-4
     a, b = (load_model(tmp_path / name)[0] for name in "ab")
     assert all((p - q).abs().max() < 1e-4 for p, q in zip(a.parameters(), b.parameters()))
-
-
-def test_a_run_keeps_its_fingerprint_when_only_threads_and_intervals_change(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"any")
-    config = ModelConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden=16, vocab_size=30, max_seq_len=8)
-    pretrain.save_model(Transformer(config), str(tmp_path / "run"), str(tmp_path / "tokenizer.model"))
-    path = tmp_path / "run" / "config.json"
-    record = json.loads(path.read_text()) | {"settings": {"lr": 1e-3, "eval_every": 5}}
-
-    def with_changes(settings={}, **changes):
-        path.write_text(json.dumps(record | changes | {"settings": record["settings"] | settings}))
-        return pretrain.fingerprint(tmp_path / "run")
-
-    before = with_changes()
-    assert with_changes({"eval_every": 9}, threads=7) == before
-    assert with_changes({"lr": 2e-3}) != before and with_changes(data={"farm": "other"}) != before

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ import torch
 
 import toy
 from model import ModelConfig, Transformer
-from pretrain import save_model
+from pretrain import fingerprint, save_model
 from reward import RewardModel, score_rows
 from rlhf import (best_of_n, best_of_n_kl, best_scored, choose_threshold, combine_rewards, combined, merge_pools, pick, pool_rows,
                   toy_prompts)
@@ -239,6 +240,20 @@ def test_versions_are_compared_prompt_by_prompt_and_a_model_never_beats_itself(m
     assert found["other"]["wins, harmlessness"]["reward models"] == found["other"]["wins, harmlessness"]["general reward model"]
     history = [json.loads(line) for line in (models / "versions" / "history.jsonl").read_text().splitlines()]
     assert [line["run"] for line in history] == ["sft", "other"]
+
+
+def test_a_model_keeps_its_fingerprint_when_only_threads_and_intervals_change(models):
+    shutil.copytree(models / "sft", models / "same")
+    path = models / "same" / "config.json"
+    record = json.loads(path.read_text()) | {"settings": {"lr": 1e-3, "eval_every": 5}}
+
+    def after(settings=None, **changes):
+        path.write_text(json.dumps(record | changes | {"settings": record["settings"] | (settings or {})}))
+        return fingerprint(models / "same")
+
+    before = after()
+    assert after({"eval_every": 9}, threads=7) == before
+    assert after({"lr": 2e-3}) != before and after(data={"farm": "other"}) != before
 
 
 @pytest.mark.parametrize("flags, sentence", [
