@@ -9,8 +9,8 @@ import pytest
 
 @pytest.mark.parametrize("stage, operations", [
     ("pretrain", ["36", "38", "41", "52"]), ("sft", ["3", "14", "20", "33"]), ("collect", ["8", "26"]), ("reward", ["20", "41"]),
-    ("rlhf", ["7", "14", "17", "40"]), ("ppo", ["14", "33", "52"]), ("distill", ["8", "12", "16", "41"]),
-    ("tasks", ["3", "7", "12"]), ("judge", ["9", "16"]), ("gatt", ["5", "12", "30"])])
+    ("rlhf", ["7", "40"]), ("ppo", ["33"]), ("distill", ["12"]),
+    ("tasks", ["3", "7", "12"]), ("judge", ["9", "16"]), ("gatt", ["12"])])
 def test_a_run_killed_in_the_middle_goes_on_to_bit_identical_weights(stage, operations):
     faults = Path(__file__).parent / "faults.py"
     result = subprocess.run([sys.executable, str(faults), stage, "--only", *operations, "--random_kills", "1"],
