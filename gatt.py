@@ -144,23 +144,30 @@ class Plan(NamedTuple):
 def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tuple[str, list[dict]]]:
     """What users of the tiny world say, as (place, messages): 1 to 6 harmless turns, or, of a share `long`, 20.
 
-    One in sixteen is an unsafe request under a preprompt for safety (§4.2.4), so that refusals are replayed too.
+    One in sixteen is an unsafe request under a preprompt for safety (§4.2.4), and one in eight is one under no instruction (an
+    empty system message), attacked or not: what the model refuses shall be replayed too.
     """
     for i in range(n):
         rng = Random(f"{world.seed}/{seed}/gatt/{i}")
-        if rng.random() < 1 / 16:
+        kind = rng.random()
+        if kind < 1 / 16:
             (topic,) = rng.choice(world.slots["unsafe"]["train"])
-            users, system = [rng.choice(toy.WORDINGS["unsafe"]).format(topic)], rng.choice(toy.PREPROMPTS)
+            users, system = [rng.choice(toy.WORDINGS["unsafe"]).format(topic)], [rng.choice(toy.PREPROMPTS)]
+        elif kind < 3 / 16:
+            users, system = [toy.draw_prompt(world, rng, kinds=["unsafe"])["prompt"]], [""]
         else:
             turns = 20 if rng.random() < long else rng.randint(1, 6)
-            users, system = [toy.draw_prompt(world, rng)["prompt"] for _ in range(turns)], ""
-        asked = [{"role": "user", "content": user} for user in users]
-        yield "toy", [{"role": "system", "content": system}] * bool(system) + asked
+            users, system = [toy.draw_prompt(world, rng)["prompt"] for _ in range(turns)], []
+        yield "toy", ([{"role": "system", "content": text} for text in system]
+                      + [{"role": "user", "content": user} for user in users])
 
 
 def plan(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], resampled: float, replay: float,
          seed: int) -> list[Plan]:
-    """For each dialogue, one under its own system message or a drawn instruction; for a share `replay`, one without too."""
+    """For each dialogue, one under its own system message or a drawn instruction; for a share `replay`, one without too.
+
+    A dialogue whose system message is empty comes without an instruction alone.
+    """
     plans = []
     for i, (_, messages) in enumerate(dialogs):
         rng = Random(f"{seed}/plan/{i}")
@@ -168,8 +175,10 @@ def plan(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], res
         if messages[0]["role"] == "system":
             chosen, instruction = [], messages[0]["content"]
         users = [message["content"] for message in messages if message["role"] == "user"]
-        plans.append(Plan(f"gatt/{i}", instruction, chosen, rng.random() < resampled, users))
-        if rng.random() < replay:
+        throughout, is_replayed = rng.random() < resampled, rng.random() < replay
+        if instruction:
+            plans.append(Plan(f"gatt/{i}", instruction, chosen, throughout, users))
+        if is_replayed or not instruction:
             plans.append(Plan(f"replay/{i}", "", [], False, users))
     return plans
 

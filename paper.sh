@@ -1,48 +1,152 @@
 #!/usr/bin/env bash
-# The paper, stage by stage, on a laptop: each stage goes on where it stopped, prints its seconds, and the report shows what there is.
+# The paper, stage by stage, on a laptop, and out/report.html:      bash paper.sh
+# Then versions 3 to 5 and every ablation, for hours:               bash paper.sh full
+# Another tiny world, in a folder of its own:                       WORLD=1 RUNS=world-1 bash paper.sh
+# Stopped anywhere, the same line goes on; a stage that out/stages.jsonl calls done is not run again.
 set -euo pipefail
-cd "$(dirname "$0")"
-python="${PYTHON:-python}"
+here=$(cd "$(dirname "$0")" && pwd)
+python="${PYTHON:-python}"  # or PYTHON="torchrun --nproc_per_node=2"
+line="${WORLD:+WORLD=$WORLD }${RUNS:+RUNS=$RUNS }bash paper.sh ${1:-}"
+mkdir -p "${RUNS:-$here}/out"
+cd "${RUNS:-$here}"
 
+# stage SECONDS SCRIPT ARGUMENTS: run it, unless it is done. SECONDS: what it took on two cores, for the time that is left.
 stage() {
-    echo "--- $* ($SECONDS s so far)"
-    $python "$@" || { echo "this stage stopped; 'bash paper.sh' goes on with: $python $*" >&2; exit 1; }
+    local seconds=$1 began=$SECONDS rc=0
+    shift
+    if grep -qsF "{\"command\": \"$*\", \"rc\": 0," out/stages.jsonl; then return; fi
+    if [ "$counting" ]; then stages=$((stages + 1)) left=$((left + seconds)); return; fi
+    echo "--- $* ($((number += 1)) of $stages, about $((left / 60 + 1)) min left)"
+    $python "$here/$1" "${@:2}" || rc=$?
+    echo "{\"command\": \"$*\", \"rc\": $rc, \"seconds\": $((SECONDS - began))}" >> out/stages.jsonl
+    if [ $rc -ne 0 ]; then echo "$* stopped; go on with: $line" >&2; exit 1; fi
+    left=$((left - seconds))
 }
 
-stage pretrain.py               # §2: world, tokenizer, one epoch, base model
-stage eval.py facts             # §2.1: does it know the encyclopedia, or the web's myths?
-stage eval.py tasks             # §2.3: the tiny world's own multiple choice
-stage sft.py                    # §3.1: the base model becomes a chat model
-stage reward.py collect         # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
-stage reward.py --kind helpfulness      # §3.2.2: a model of each
-stage reward.py --kind safety
-stage reward.py eval            # Tables 7, 8 and 29
-stage rlhf.py curves out/sft    # Figures 7 and 8: the best of N answers, and their truth
+# §3.2.1: as the models change, new comparisons, reward models again, old against new on new pairs. VERSION MODEL OTHER_MODEL
+again() {
+    local new=out/preferences-v$1
+    stage 30 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new
+    stage 20 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s
+    helpful+=" $new/helpfulness.jsonl" safe+=" ${new}s/safety.jsonl"
+    stage 60 reward.py --kind helpfulness --init $2 --out out/reward-helpfulness-v$1 --data $helpful --rest $safe
+    stage 60 reward.py --kind safety --init $2 --out out/reward-safety-v$1 --data $safe --rest $helpful
+    newest="out/reward-helpfulness-v$1 out/reward-safety-v$1" rewards+=" $newest"
+    stage 15 reward.py eval $rewards --helpfulness $new/helpfulness-test.jsonl --safety ${new}s/safety-test.jsonl --out out/rewards-v$1
+    judges="--helpfulness out/reward-helpfulness-v$1 --harmlessness out/reward-safety-v$1"
+    train="$judges --safety_test ${new}s/safety-test.jsonl"
+}
 
-stage rlhf.py --version 1       # §3.2.3: rejection sampling; out/rlhf-v1
-stage rlhf.py ppo --init out/sft --steps 40     # PPO on reward models that never saw its answers: over-optimisation; out/sft-ppo
+paper() {
+    helpful=out/preferences/helpfulness.jsonl safe=out/preferences/safety.jsonl rewards="out/reward-helpfulness out/reward-safety"
+    stage 330 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
+    stage 10 eval.py facts           # §2.1: does it know the encyclopedia, or the web's myths?
+    stage 10 eval.py tasks           # §2.3: the tiny world's own multiple choice
+    stage 100 sft.py                 # §3.1: the base model becomes a chat model
+    stage 40 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
+    stage 30 reward.py --kind helpfulness   # §3.2.2: a model of each
+    stage 20 reward.py --kind safety
+    stage 10 reward.py eval          # Tables 7, 8 and 29
+    stage 30 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
 
-# §3.2.1: fresh comparisons, of the newest model with one that the old reward models like too much; reward models again
-old=out/preferences new=out/preferences-v2
-stage reward.py collect --axis helpfulness --a out/rlhf-v1 --b out/sft-ppo --seed 2 --out $new
-stage reward.py collect --axis safety --a out/rlhf-v1 --seed 2 --out ${new}s
-stage reward.py --kind helpfulness --init out/rlhf-v1 --out out/reward-helpfulness-v2 \
-    --data $old/helpfulness.jsonl $new/helpfulness.jsonl --rest ${new}s/safety.jsonl
-stage reward.py --kind safety --init out/rlhf-v1 --out out/reward-safety-v2 \
-    --data $old/safety.jsonl ${new}s/safety.jsonl --rest $old/helpfulness.jsonl $new/helpfulness.jsonl
-stage reward.py eval out/reward-helpfulness out/reward-helpfulness-v2 out/reward-safety out/reward-safety-v2 \
-    --helpfulness $new/helpfulness-test.jsonl --safety ${new}s/safety-test.jsonl --out out/rewards-v2    # old against new, on new pairs
-judges="--helpfulness out/reward-helpfulness-v2 --harmlessness out/reward-safety-v2"
+    stage 50 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
+    stage 80 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
+    stage 190 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt, and rows for later versions
+    stage 30 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
+    stage 10 gatt.py attention out/gatt --before out/rlhf-v1    # Figure 10
 
-stage rlhf.py --version 2 $judges --safety_test ${new}s/safety-test.jsonl       # the best answers of both versions, rescored
-stage rlhf.py ppo --init out/rlhf-v2 $judges --safety_test ${new}s/safety-test.jsonl    # eq. 3 and 4; out/rlhf-v2-ppo
-stage gatt.py --init out/rlhf-v1        # §3.3: Ghost Attention; out/gatt
-stage gatt.py test out/rlhf-v1 out/gatt # Table 30: does the instruction still hold at turn 20?
-stage gatt.py attention out/gatt --before out/rlhf-v1   # Figure 10
+    again 2 out/rlhf-v1 out/sft-ppo
+    stage 60 rlhf.py --version 2 $train             # the best answers of both versions, rescored
+    stage 130 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
+    versions="out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo" last=out/rlhf-v2-ppo second=$train
+}
 
-stage eval.py versions out/sft-ppo out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo out/gatt $judges     # Figure 11
-stage eval.py judge --a out/rlhf-v2-ppo --b out/sft --judge truth       # §3.4: side by side
-stage eval.py safety out/sft out/rlhf-v1 out/rlhf-v2-ppo --rewards out/reward-helpfulness-v2 out/reward-safety-v2     # §4.4, Figure 14
-stage eval.py diversity out/sft out/rlhf-v2-ppo         # Figure 21
-stage eval.py corpus toy        # Table 9
-stage eval.py report            # out/report.html
+# §3.2.3 to the end: three more versions by rejection sampling, from the newest model's samples, and PPO behind the last
+more_versions() {
+    again 3 out/rlhf-v2-ppo out/rlhf-v2
+    stage 60 rlhf.py --version 3 --policy out/rlhf-v2-ppo $train
+    stage 190 gatt.py --init out/rlhf-v3 --reward out/reward-helpfulness-v3 --out out/gatt-v3      # where the paper has it
+    stage 30 gatt.py test out/rlhf-v3 out/gatt-v3 --out out/gatt-v3-test
+    again 4 out/rlhf-v3 out/rlhf-v2-ppo
+    stage 60 rlhf.py --version 4 $train
+    again 5 out/rlhf-v4 out/rlhf-v3
+    stage 60 rlhf.py --version 5 $train
+    stage 130 rlhf.py ppo --init out/rlhf-v5 $train
+    versions+=" out/rlhf-v3 out/rlhf-v4 out/rlhf-v5 out/rlhf-v5-ppo" last=out/rlhf-v5-ppo
+}
+
+# One flag of a stage each, in a folder of its own
+ablations() {
+    local alone="--data toy/dialogs --lr 1e-3" size share heads how margin pairs seed  # the chat model of dialogues alone
+    # §2: up-sampling; sizes (Figure 5); context (Tables 16, 17), on docstrings, at equal tokens; the settings of Llama 1
+    stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --out out/upsampled
+    stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --data toy/encyclopedia toy/web toy/stories toy/numbers --out out/crawled
+    stage 10 eval.py facts out/upsampled --against out/crawled
+    for size in toy-s toy toy-m toy-l; do
+        stage 300 pretrain.py --world ${WORLD:-0} --preset $size --vocab_size 1024 --steps 480 --out out/size-$size
+    done
+    stage 5 eval.py curves out/size-toy-s out/size-toy out/size-toy-m out/size-toy-l
+    # A.2.1: one key and value head, or two, widened to equal parameters (Table 18); and pooled from four (Ainslie et al.)
+    for heads in "4 1" "2 1.3" "1 1.33"; do
+        stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --n_kv_heads ${heads% *} --ffn_multiplier ${heads#* } --out out/heads-${heads% *}
+    done
+    for heads in 2 1; do for how in mean first random; do
+        stage 5 model.py convert out/heads-4 out/$how-$heads --to ours --n_kv_heads $heads --pool $how
+        stage 15 pretrain.py --init out/$how-$heads --seed 1 --steps 50 --lr 1e-3 --warmup 5 --sample_tokens 0 --out out/pooled-$how-$heads
+    done; done
+    # §3.1: packed dialogues that see each other; quality against quantity
+    stage 80 sft.py $alone --out out/sft-apart
+    stage 80 sft.py $alone --no-isolate --out out/sft-together
+    stage 80 sft.py $alone --noise 0.3 --out out/sft-quantity
+    stage 80 sft.py $alone --dialogs 2000 --epochs 8 --out out/sft-quality
+    # §3.2.2: margins (Table 28), the safety loss (Table 29), one model for both, data and sizes (Figure 6)
+    for margin in none small large; do for seed in 0 1 2; do
+        stage 30 reward.py --margin $margin --seed $seed --out out/margin-$margin-$seed
+    done; done
+    stage 20 reward.py --kind safety --safety_aux 0 --out out/reward-safety-without
+    stage 40 reward.py --kind joint --out out/reward-joint
+    for pairs in 300 1000; do stage 20 reward.py --pairs $pairs --out out/reward-pairs-$pairs; done
+    for size in toy-s toy-m; do
+        stage 200 sft.py --init out/size-$size --out out/sft-$size
+        stage 60 reward.py --init out/sft-$size --out out/reward-$size
+    done
+    # §3.2.3: temperatures, the pool of the last version alone, a control that picks at random; the parts of eq. 4
+    for how in 0.4 0.8; do stage 50 rlhf.py --version 1 --temperature $how --out out/v1-temperature-$how; done
+    stage 50 rlhf.py --version 1 --select random --out out/v1-random
+    stage 60 rlhf.py --version 2 $second --pool last --out out/v2-pool-last
+    for how in "--kl_coef 0" --no-whiten --no-piecewise; do
+        stage 80 rlhf.py ppo --init out/sft --steps 40 $how --out "out/ppo${how// /-}"
+    done
+    stage 60 eval.py versions out/v1-temperature-0.4 out/v1-temperature-0.8 out/v1-random out/v2-pool-last out/ppo--kl_coef-0 \
+        out/ppo--no-whiten out/ppo--no-piecewise --out out/versions-ablations
+    # §4.2: shares of safety data (Figures 15, 33); safety RLHF where there is something to lose; the gate of distillation (Figure 16)
+    for share in 0 0.0006 0.006 0.015 0.03 0.06; do
+        stage 30 sft.py --dialogs 4000 --data toy/dialogs toy/encyclopedia:0.08 toy/numbers:0.08 --safety $share --sample_tokens 0 \
+            --out out/sft-safety-$share
+    done
+    stage 60 eval.py safety out/sft-safety-{0,0.0006,0.006,0.015,0.03,0.06} --rewards out/reward-helpfulness out/reward-safety \
+        --out out/safety-scaling
+    stage 80 rlhf.py --version 1 --unsafe 0.5 --n_prompts 800 --policy out/sft-safety-0.06 --init out/sft-safety-0.06 --out out/rlhf-safety
+    stage 30 eval.py safety out/sft-safety-0.06 out/rlhf-safety --rewards out/reward-helpfulness out/reward-safety --out out/safety-rlhf
+    stage 60 rlhf.py distill --init out/sft-safety-0.015
+    stage 60 rlhf.py distill --init out/sft-safety-0.015 --no-gate --out out/distill-no-gate
+    stage 30 eval.py safety out/sft-safety-0.015 out/distill out/distill-no-gate --out out/safety-distill
+}
+
+# §3.4, §4: side by side, by the newest reward models, by a third one that trained no version, and by the truth; safety
+evaluations() {
+    local name=${last#out/}
+    stage 20 eval.py versions out/sft-ppo $versions out/gatt $judges --general out/reward-general --out out/versions    # Figures 11, 20
+    stage 10 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
+    stage 20 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
+    stage 20 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21
+    stage 10 eval.py corpus toy     # Table 9
+}
+
+stages=0 left=0 number=0
+for counting in yes ""; do
+    paper
+    if [ "${1:-}" = full ]; then more_versions; ablations; fi
+    evaluations
+done
+$python "$here/eval.py" report  # out/report.html
