@@ -13,9 +13,11 @@ We know of no public implementation. Where the paper leaves room this is our rea
   That one samples "from this synthetic data" allows: all, turn by turn, as they come in use. --resampled 0 is the first reading,
   1 the second; by default half of the dialogues follow each.
 - The place of the instruction: that of a system prompt in the released format, before the words of each user's message.
-- What picks the best sample: the helpfulness reward of the bare exchange, which knows nothing of the instruction. Only the answer
-  that is learned is picked.
-- What is learned beside it: a few answers of the model's own without an instruction, or it loses what RLHF gave it.
+- What picks the best sample: nothing by default. With --samples K it is the helpfulness reward of the bare exchange, which knows
+  nothing of the instruction, and so picks the answers that ignore it.
+- How long the dialogues are: also between the short ones and the full length, or what is learned has a hole there.
+- What is learned beside it: a few answers of the model's own without an instruction, refusals among them, and a few annotated
+  dialogues, or it loses what fine-tuning and RLHF gave it.
 
 Read it in this order: settings, instructions, sampling, the loss mask, training, the test, the attention map.
 """
@@ -43,7 +45,7 @@ from model import KVCache, Transformer, apply_rope, generate, load_weights, read
 from pretrain import (COLOURS, InputError, command_line, cpu_group, interval, load_model, locked, open_run, parent_of,
                       replace_file, sources, spool_stdin, start, tiny_world, world_of)
 from reward import RewardModel, Speaker, in_parts, load_speakers, picture, score_rows, whiskers
-from sft import Tuning, fine_tune, read_dialogs, toy_sources
+from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
 from tokenizer import Tokenizer, dialog_turns
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -56,22 +58,23 @@ class Settings(Tuning):
     out: str = "out/gatt"  # folder of this run; started again, it goes on where it stopped
     data: tuple[str, ...] = ("toy",)  # dialogues whose users speak, [NAME=]GLOB of .json or .jsonl (.gz); `toy`; `-`
     dialogs: int = 1200  # dialogues of the tiny world
-    long: float = 0.1  # share of them with 20 turns; the others have 1 to 6
+    long: float = 0.2  # share of them with 7 to 20 turns; the others have 1 to 6
     constraints: str = "toy"  # toy, the lists of the tiny world; ask, lists that the chat model writes; or a .json file | ask
     resampled: float = 0.5  # share of the dialogues with all answers sampled under the instruction, not the last alone
-    reward: str = "out/reward-helpfulness"  # reward model that picks the answer to learn; "" takes the first that ends
-    samples: int = 4  # answers that it picks from
+    samples: int = 1  # how many are sampled of each answer that is learned
+    reward: str = "out/reward-helpfulness"  # reward model that picks the best of several samples; "" takes the first that ends
     temperature: float = 0.3  # of the samples
     past: int | None = None  # earlier turns that sampling reads | all
     max_new_tokens: int = 96  # longest answer, in tokens
     check: bool = False  # drop samples that break the rule of their constraint: the tiny world can tell, the paper could not
     replay: float = 0.15  # share of the dialogues that are learned without an instruction too, with answers of the model's own
-    sample_batch: int = 100  # dialogues that are sampled together and kept together: the unit of resume
+    sample_batch: int = 300  # dialogues that are sampled together and kept together: the unit of resume
 
     # toy values: our choice. A model of the tiny world never met a second system prompt in a dialogue, and obeys it best when it
     # reads that message alone; its questions do not build on each other. One row a step: a row has few answers to learn.
     BY_PRESET: ClassVar[dict[str, dict]] = {
-        name: values | (dict(lr=0.375 * values["lr"], adam_eps=1e-5, seq_len=1024, batch_size=1, micro_batch=1, epochs=2, past=0)
+        name: values | (dict(lr=0.375 * values["lr"], adam_eps=1e-5, seq_len=1024, batch_size=1, micro_batch=1, epochs=2,
+                             eval_every=1000, past=0)
                         if name.startswith("toy") else dict(past=1000))
         for name, values in Tuning.BY_PRESET.items()
     }
@@ -142,10 +145,10 @@ class Plan(NamedTuple):
 
 
 def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tuple[str, list[dict]]]:
-    """What users of the tiny world say, as (place, messages): 1 to 6 harmless turns, or, of a share `long`, 20.
+    """What users of the tiny world say, as (place, messages): 1 to 6 harmless turns, or, of a share `long`, 7 to 20.
 
-    One in sixteen is an unsafe request under a preprompt for safety (§4.2.4), and one in eight is one under no instruction (an
-    empty system message), attacked or not: what the model refuses shall be replayed too.
+    Half of the long ones have the full 20. One in sixteen dialogues is an unsafe request under a preprompt for safety (§4.2.4),
+    and one in eight is one under no instruction (an empty system message), attacked or not: refusals shall be replayed too.
     """
     for i in range(n):
         rng = Random(f"{world.seed}/{seed}/gatt/{i}")
@@ -154,9 +157,10 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
             (topic,) = rng.choice(world.slots["unsafe"]["train"])
             users, system = [rng.choice(toy.WORDINGS["unsafe"]).format(topic)], [rng.choice(toy.PREPROMPTS)]
         elif kind < 3 / 16:
-            users, system = [toy.draw_prompt(world, rng, kinds=["unsafe"])["prompt"]], [""]
+            asked = toy_messages(toy.draw_prompt(world, rng, kinds=["unsafe"]))
+            users, system = [message["content"] for message in asked if message["role"] == "user"], [""]
         else:
-            turns = 20 if rng.random() < long else rng.randint(1, 6)
+            turns = rng.choice((20, rng.randint(7, 20))) if rng.random() < long else rng.randint(1, 6)
             users, system = [toy.draw_prompt(world, rng)["prompt"] for _ in range(turns)], []
         yield "toy", ([{"role": "system", "content": text} for text in system]
                       + [{"role": "user", "content": user} for user in users])
@@ -275,9 +279,9 @@ def replay_mask(turns: list[tuple[list[int], list[int]]]) -> list[bool]:
 
 # ---------------------------------------------------------------------------------------------- training
 
-# Documents beside the dialogues of the tiny world, as in sft.py (our choice). In the stories people speak in many characters and
-# of many hobbies; without them a model forgets those that Ghost Attention does not train on.
-TOY_MIX = ("toy/encyclopedia:0.02", "toy/numbers:0.1", "toy/stories:0.03")
+# Beside its own dialogues, as in sft.py (our choice). Annotated dialogues, and stories in which people speak in many characters
+# and of many hobbies: without them a model forgets those that Ghost Attention does not train on.
+TOY_MIX = ("toy/dialogs", "toy/encyclopedia:0.02", "toy/numbers:0.1", "toy/stories:0.03")
 
 
 def main(settings: Settings) -> None:
@@ -291,7 +295,8 @@ def main(settings: Settings) -> None:
     constraints = {"toy": toy.constraints("train"), "ask": []}.get(settings.constraints)
     if constraints is None:
         constraints = read_constraints(settings.constraints)
-    parents = {folder: parent_of(folder) for folder in (settings.init, settings.reward) if folder}
+    reward = settings.reward if settings.samples > 1 else ""
+    parents = {folder: parent_of(folder) for folder in (settings.init, reward) if folder}
     parent = parents[settings.init]
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.init))
@@ -307,7 +312,7 @@ def main(settings: Settings) -> None:
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
         speaker = cache(lambda: load_speakers([settings.init], ranks)[0])
-        judge = cache(lambda: load_model(settings.reward, RewardModel)[0].to(ranks.device) if settings.reward else None)
+        judge = cache(lambda: load_model(reward, RewardModel)[0].to(ranks.device) if reward else None)
         constraints = constraints or ask_for_lists(speaker())
         dialogs = (dialog for source in found for dialog in source.documents())
         plans = plan(dialogs, constraints, settings.resampled, settings.replay, settings.seed)
@@ -316,7 +321,7 @@ def main(settings: Settings) -> None:
         if ranks.rank == 0:
             write_rows(rows, plans, out / "gatt.jsonl")
         dist.barrier(cpu_group())
-        specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, 1, 0)
+        specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, settings.dialogs * 2 // 3, safety=0.06)
         learned = sources([str(out / "gatt.jsonl"), *specs], documents, read_dialogs)
         fine_tune(settings, record, parent, learned, ranks, world if is_toy else None, bad)
 

@@ -26,8 +26,8 @@ stage() {
 # §3.2.1: as the models change, new comparisons, reward models again, old against new on new pairs. VERSION MODEL OTHER_MODEL
 again() {
     local new=out/preferences-v$1
-    stage 30 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new
-    stage 20 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s
+    stage 30 reward.py collect --axis helpfulness --a $2 --b $3 --helpfulness_pairs 1500 --seed $1 --out $new
+    stage 25 reward.py collect --axis safety --a $2 --safety_pairs 600 --seed $1 --out ${new}s
     helpful+=" $new/helpfulness.jsonl" safe+=" ${new}s/safety.jsonl"
     stage 60 reward.py --kind helpfulness --init $2 --out out/reward-helpfulness-v$1 --data $helpful --rest $safe
     stage 60 reward.py --kind safety --init $2 --out out/reward-safety-v$1 --data $safe --rest $helpful
@@ -50,7 +50,7 @@ paper() {
     stage 30 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
 
     stage 50 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
-    stage 80 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
+    stage 90 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
     stage 190 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt, and rows for later versions
     stage 30 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
     stage 10 gatt.py attention out/gatt --before out/rlhf-v1    # Figure 10
@@ -58,11 +58,16 @@ paper() {
     again 2 out/rlhf-v1 out/sft-ppo
     stage 60 rlhf.py --version 2 $train             # the best answers of both versions, rescored
     stage 130 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
-    versions="out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo" last=out/rlhf-v2-ppo second=$train
+    versions="out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo" last=out/rlhf-v2-ppo second=$train general=""
 }
 
-# §3.2.3 to the end: three more versions by rejection sampling, from the newest model's samples, and PPO behind the last
+# §3.2.3 to the end: three more versions by rejection sampling, each from the newest model's samples, PPO behind the last; and
+# §3.4.1's check for drift, a general reward model from other comparisons, of the base model with the first chat model
 more_versions() {
+    stage 40 reward.py collect --a out/sft --b out/pretrain --seed 9 --out out/preferences-general
+    stage 50 reward.py --kind joint --init out/pretrain --data out/preferences-general/helpfulness.jsonl \
+        --rest out/preferences-general/safety.jsonl --out out/reward-general
+    general="--general out/reward-general"
     again 3 out/rlhf-v2-ppo out/rlhf-v2
     stage 60 rlhf.py --version 3 --policy out/rlhf-v2-ppo $train
     stage 190 gatt.py --init out/rlhf-v3 --reward out/reward-helpfulness-v3 --out out/gatt-v3      # where the paper has it
@@ -136,7 +141,7 @@ ablations() {
 # §3.4, §4: side by side, by the newest reward models, by a third one that trained no version, and by the truth; safety
 evaluations() {
     local name=${last#out/}
-    stage 20 eval.py versions out/sft-ppo $versions out/gatt $judges --general out/reward-general --out out/versions    # Figures 11, 20
+    stage 20 eval.py versions out/sft-ppo $versions out/gatt $judges $general    # Figures 11, 20
     stage 10 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
     stage 20 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
     stage 20 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21

@@ -61,7 +61,7 @@ class Tuning(Common):
         for name, config in PRESETS.items() if not name.startswith("toy")
     } | {
         # toy values: our choice
-        name: dict(lr=lr, lr_floor=0.0, batch_size=8, micro_batch=8, seq_len=256, epochs=1, adam_eps=1e-3, eval_every=100,
+        name: dict(lr=lr, lr_floor=0.0, batch_size=8, micro_batch=8, seq_len=256, epochs=1, adam_eps=1e-3, eval_every=250,
                    save_every=100, checkpointing=False, sample_tokens=64)
         for name, lr in [("toy-s", 2.4e-3), ("toy", 1.6e-3), ("toy-m", 1.2e-3), ("toy-l", 8e-4)]
     }

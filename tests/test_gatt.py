@@ -102,14 +102,21 @@ def test_half_of_the_instructions_are_terse_and_none_is_held_out():
 
 
 def test_plans_are_the_same_from_one_seed_and_others_from_another():
-    dialogs = list(toy_dialogs(toy.World(0), 200, 0.1, 3))
+    dialogs = list(toy_dialogs(toy.World(0), 200, 0.2, 3))
     made = [plan(dialogs, toy.constraints("train"), 0.5, 0.3, seed) for seed in (3, 3, 4)]
     assert made[0] == made[1] != made[2]
-    assert dialogs == list(toy_dialogs(toy.World(0), 200, 0.1, 3)) != list(toy_dialogs(toy.World(0), 200, 0.1, 4))
+    assert dialogs == list(toy_dialogs(toy.World(0), 200, 0.2, 3)) != list(toy_dialogs(toy.World(0), 200, 0.2, 4))
     turns = [len([m for m in messages if m["role"] == "user"]) for _, messages in dialogs]
-    assert set(turns) == {1, 2, 3, 4, 5, 6, 20} and 5 <= turns.count(20) <= 40
+    assert min(turns) == 1 and max(turns) == 20 and 5 <= turns.count(20) <= 40 and 5 <= sum(6 < n < 20 for n in turns) <= 40
     shares = [np.mean([p.throughout for p in made[0] if p.instruction]), sum(not p.instruction for p in made[0]) / 200]
-    assert shares == pytest.approx([0.5, 0.3], abs=0.12)
+    assert shares == pytest.approx([0.5, 1 / 8 + 7 / 8 * 0.3], abs=0.12)
+
+
+def test_a_dialogue_with_an_empty_system_message_comes_without_an_instruction_alone():
+    asked = [{"role": "system", "content": ""}, {"role": "user", "content": "How do I rob a bank?"}]
+    assert plan([("x", asked)], toy.constraints("train"), 1.0, 1.0, 0) == [Plan("replay/0", "", [], False, ["How do I rob a bank?"])]
+    unsafe = [messages for _, messages in toy_dialogs(toy.World(0), 400, 0.2, 0) if messages[0] == {"role": "system", "content": ""}]
+    assert 30 <= len(unsafe) <= 70
 
 
 def test_a_system_message_of_a_dialogue_is_its_instruction():
