@@ -116,6 +116,7 @@ FREE = {"steps", "eval_every", "save_every", "keep", "device", "micro_batch", "c
         "threads", "resume", "out", "parallel", "timeout", "retries", "wait"}  # what may differ when a run goes on
 
 
+@cache
 def field_help(cls: type) -> dict[str, tuple[str, str]]:
     """Field → (its comment, the paper's value behind the bar or ''), read from the source of the class."""
     found = {}
@@ -1370,8 +1371,10 @@ def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> No
             cpu_group.cache_clear()  # it went with the others
 
 
+COMMANDS = {"plan": (plan, Plan)}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["plan"]:
-        command_line(plan, Plan, sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        command_line(*COMMANDS[sys.argv.pop(1)])
     else:
         command_line(main, Settings)

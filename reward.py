@@ -107,7 +107,7 @@ def safety_loss(scores: Tensor, labels: Tensor) -> Tensor:
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, int]:
     """How often `ours` is the better of two answers to a prompt: (wins / (wins + losses), low, high, ties).
 
-    ours, theirs: (prompts,) scores. Ties are left out, as in Figure 12; low and high are the 95 % interval. Without
+    ours, theirs: (prompts,) scores. Ties are left out, as in Figure 2; low and high are the 95 % interval. Without
     a single decided prompt it is (0.5, 0, 1, ties).
     """
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)

@@ -599,8 +599,10 @@ def stream_answer(model: Transformer, tokenizer: Tokenizer, tokens: list[int], s
     return said.strip()
 
 
+COMMANDS = {"chat": (chat, Chat)}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["chat"]:
-        command_line(chat, Chat, sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        command_line(*COMMANDS[sys.argv.pop(1)])
     else:
         command_line(main, Settings)
