@@ -326,7 +326,7 @@ def test_the_toy_run_its_test_and_its_map_end_in_the_report(tmp_path, chat):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--data", "none.jsonl"], "no file matches"),
-    (["--reward", "none"], "there is no such folder"),
+    (["--samples", "2", "--reward", "none"], "there is no such folder"),
     (["--resampled", "1.5"], "--resampled is a share"),
     (["--samples", "0"], "--samples must be a number above 0"),
     (["--constraints", "none.json"], 'is no .json list of {"kind"'),
