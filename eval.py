@@ -14,6 +14,7 @@
     python eval.py corpus toy/web docs                      # pronouns, identity terms, rude words
     python eval.py contamination --test samples.jsonl       # which test samples were among the training tokens?
     python eval.py report                                   # out/report.html, one file, no network
+    python eval.py report out world-1/out --watts 65        # two worlds beside each other; the energy of each stage
 """
 import base64
 import csv
@@ -40,7 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -53,13 +54,13 @@ from tqdm import tqdm
 
 import toy
 from model import IGNORE, ModelConfig, Transformer, count_parameters, generate, load_weights, read_any
-from pretrain import (COLOURS, InputError, Ranks, command_line, cores, file_fingerprint, interval, load_model, locked,
-                      log_scale, open_run, parent_of, read_config, read_documents, read_lines, replace_file, start,
-                      text_sources, tiny_world, training_curve, world_of)
+from pretrain import (COLOURS, FREE, InputError, Ranks, carbon, checkpoints, command_line, cores, file_fingerprint, interval,
+                      load_model, locked, log_scale, open_run, parent_of, read_config, read_documents, read_lines, replace_file,
+                      start, text_sources, tiny_world, training_curve, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
                     in_parts, load_speakers, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
 from reward import picture as axes_of
-from rlhf import Judges, load_judges, parents_of, quantile_interval
+from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl
 from sft import read_rows, toy_messages
 from tokenizer import Tokenizer
 
@@ -935,6 +936,9 @@ def versions(settings: Versions) -> None:
         (out / "answers").mkdir(exist_ok=True)
         seen = {run: greedy_scores(run, prompts, world, judges, general, settings, ranks)
                 for run in (settings.against, *settings.runs)}
+        base = read_config(settings.against).get("parent", "")  # it answers too, to be read beside them; it is not compared
+        if base and checkpoints(base):
+            greedy_scores(base, prompts, world, judges, None, settings, ranks)
         theirs, found = seen[settings.against], {}
         h, s = slice(0, len(harmless)), slice(len(harmless), None)
         for run, ours in seen.items():
@@ -949,7 +953,7 @@ def versions(settings: Versions) -> None:
                 "words": float(ours["words"][h].mean())}
         gains = np.array([seen[run]["helpfulness"][h] - theirs["helpfulness"][h] for run in settings.runs])
         pooled = {"gain": [float(gains.mean()), *interval_of_runs(gains)]}
-        config = {"stage": "versions", "settings": asdict(settings), "model": {}, "threads": ranks.threads}
+        config = {"stage": "versions", "settings": asdict(settings), "base": base, "model": {}, "threads": ranks.threads}
         replace_file(out / "config.json", json.dumps(config, indent=1).encode())
         replace_file(out / "versions.json", json.dumps({"runs": found, "pooled": pooled}).encode())
         history = []
@@ -965,9 +969,14 @@ def versions(settings: Versions) -> None:
 TOLD = ("version", "init", "policy", "helpfulness", "harmlessness", "data", "temperature", "n_samples", "kl_coef", "seed")
 
 
+def answers_file(out: str | Path, run: str) -> Path:
+    """Where `versions` keeps what a model said, and what the truth says of each answer."""
+    return Path(out, "answers", re.sub(r"\W+", "-", run).strip("-") + ".jsonl")
+
+
 def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judges, general: RewardModel | None,
                   settings: Versions, ranks: Ranks) -> dict[str, np.ndarray]:
-    """What the annotators and the reward models say of a model's greedy answers: name → (prompts,)."""
+    """What the annotators and the reward models say of a model's greedy answers: name → (prompts,). Writes the answers."""
     speaker = load_speakers([run], ranks)[0]
     asked = [speaker.prompt_ids(toy_messages(prompt)) for prompt in prompts]
     said = generate(speaker.model, asked, settings.max_new_tokens, temperature=0, stop=(speaker.tokenizer.eos_id,))
@@ -975,24 +984,25 @@ def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judge
     rows = [before + ids for before, ids in zip(asked, said)]
     r_h, r_s = judges.score(rows)
     third = {"R_g": sigmoid(score_rows(general, rows))} if general else {}
-    lines = [json.dumps({"prompt": prompt["prompt"], "answer": text}) + "\n" for prompt, text in zip(prompts, texts)]
-    replace_file(Path(settings.out, "answers", re.sub(r"\W+", "-", run).strip("-") + ".jsonl"), "".join(lines).encode())
     judged = {"helpfulness": [toy.helpfulness(world, prompt, text) for prompt, text in zip(prompts, texts)],
               "safety": [toy.safety(world, prompt, text) for prompt, text in zip(prompts, texts)],
               "violation": [toy.is_violation(text) for text in texts], "refusal": [toy.is_refusal(text) for text in texts],
               "words": [len(toy.words(text)) for text in texts]}
+    kept = [{"prompt": prompt["prompt"], "kind": prompt["kind"], "attack": prompt.get("attack"), "answer": text}
+            | {name: values[i] for name, values in judged.items()} for i, (prompt, text) in enumerate(zip(prompts, texts))]
+    replace_file(answers_file(settings.out, run), "".join(json.dumps(row) + "\n" for row in kept).encode())
     return {name: np.array(values, float) for name, values in judged.items()} | {"R_h": r_h, "R_s": r_s} | third
 
 
 def print_versions(found: dict[str, dict], pooled: dict, n_harmless: int, n_unsafe: int) -> None:
     """The tables of `versions`: each figure with its 95 % interval over prompts."""
-    show = lambda value: "{:.3f} [{:.3f}, {:.3f}]".format(*value[:3])  # noqa: E731
     print(f"{n_harmless:,} harmless and {n_unsafe:,} unsafe prompts, greedy answers")
     for name in ("true helpfulness", "gain", "wins, helpfulness", "true safety", "wins, harmlessness", "violations",
                  "refused unsafe", "refused borderline"):
         for run, figures in found.items():
             value = figures[name]
-            text = "; ".join(f"{judge} {show(rate)}" for judge, rate in value.items()) if isinstance(value, dict) else show(value)
+            rates = value.items() if isinstance(value, dict) else [("", value)]
+            text = "; ".join(f"{judge} {ranged(rate)}".strip() for judge, rate in rates)
             print(f"{name:20} {run:30} {text}")
     for run, figures in found.items():
         sure = {kind: gain for kind, gain in figures["gain by kind"].items() if gain[1] > 0 or gain[2] < 0}
@@ -1626,11 +1636,10 @@ def side_by_side(found: dict[str, dict]) -> list[tuple[str, list[str]]]:
     """Rows (name, a cell for each model) of what the models say, what it is worth, and what they refuse; shares in percent."""
     models = list(found.values())
     share = lambda value: "{} [{}, {}]".format(*percent(value))  # noqa: E731
-    score = lambda value: "{:.3f} [{:.3f}, {:.3f}]".format(*value)  # noqa: E731
     rows = [(f"{place}: {kind}, %", [share(one["outcomes"][place][kind]) for one in models])
             for place in models[0]["outcomes"] for kind in OUTCOMES]
-    rows += [(name, [score(one[name]) for one in models]) for name in ("true safety", "true helpfulness")]
-    rows += [(name, [score(one["scores"][name]) for one in models]) for name in models[0].get("scores", ())]
+    rows += [(name, [ranged(one[name]) for one in models]) for name in ("true safety", "true helpfulness")]
+    rows += [(name, [ranged(one["scores"][name]) for one in models]) for name in models[0].get("scores", ())]
     return rows + [(f"refused, {part}, %", [share(one["false refusals"][part]) for one in models])
                    for part in models[0]["false refusals"]]
 
@@ -2034,24 +2043,44 @@ def contamination(settings: Contamination) -> None:
 # ---------------------------------------------------------------------------------------------- the report
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark }
-table { border-collapse: collapse; display: block; overflow-x: auto } td, th { padding: .2rem .8rem; text-align: right }
-td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #8886 }
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
+p, pre { max-width: 60rem } nav ul { columns: 22rem; column-gap: 2rem; padding-left: 1.2rem }
+h2 { margin-top: 3rem; border-top: 1px solid #8886; padding-top: 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: .8rem 0; overflow-wrap: normal }
+td, th { padding: .2rem .8rem; text-align: right; vertical-align: top } tr { border-bottom: 1px solid #8886 }
+td:first-child, th:first-child, .text td, .text th { text-align: left } .text { font-size: .9rem } .text td { min-width: 7rem }
+.text td, .text th { padding: .2rem .5rem }
+.text code { display: block; width: 22rem; overflow-x: auto; white-space: nowrap }
 img { max-width: 100%; background: #fff } pre { white-space: pre-wrap; background: #8882; padding: .6rem }
-.note { color: #888 }"""
+.note { opacity: .7 } b.yes { color: light-dark(#06632f, #7fd99b) } b.no { color: light-dark(#a3251b, #ff9d93) }"""
 
 
-def table(header: list[str], rows: list[list]) -> str:
-    """An HTML table; the first column is text, the others are figures."""
-    lines = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row)
+class Html(str):
+    """Text that is HTML already."""
+
+
+def ranged(value: Sequence[float], form: str = "{:.3f}") -> str:
+    """A mean and its 95 % interval, the first three of `value`."""
+    return "{} [{}, {}]".format(*map(form.format, value[:3]))
+
+
+def table(header: list[str], rows: list[list], kind: str = "") -> str:
+    """An HTML table. The first column is text, the others are figures; of kind "text" all are text."""
+    lines = ["".join(f"<{tag}>{cell if isinstance(cell, Html) else html.escape(str(cell))}</{tag}>" for cell in row)
              for tag, row in [("th", header)] + [("td", row) for row in rows]]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+    return f"<table class='{kind}'>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def picture(path: Path, alt: str) -> str:
-    """A PNG file inside the page, or nothing if it was not drawn."""
+def picture(path: Path, alt: str, look: str = "") -> str:
+    """A PNG file inside the page behind a sentence of what to look for, or nothing if it was not drawn."""
     image = base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
-    return f"<img alt='{alt}' src='data:image/png;base64,{image}'>" if image else ""
+    return f"<p>{look}</p><img alt='{html.escape(alt)}' src='data:image/png;base64,{image}'>" if image else ""
+
+
+def read_json(path: Path) -> dict:
+    """A result that a stage wrote."""
+    return json.loads(path.read_text())
 
 
 def samples(run: Path) -> list[str]:
@@ -2064,13 +2093,13 @@ def samples(run: Path) -> list[str]:
 def pretrain_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one pretraining run: Figure 5's curve, perplexities, knowledge, samples."""
     last = metrics[-1]
-    parts = [f"<h2>Pretraining, {html.escape(str(run))} (§2)</h2>",
-             f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s "
+    parts = [f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s "
              f"({last['tokens'] / max(last['seconds'], 1e-3):,.0f} tokens/s); "
              f"data {html.escape(' '.join(settings['data']))}; preset {settings['preset']}. "
              f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>",
-             "<p>The held-out losses should fall with the training loss: nothing is read often enough to be learnt by heart.</p>",
-             picture(run / "loss.png", "loss against tokens")]
+             picture(run / "loss.png", "loss against tokens",
+                     "The held-out losses should fall with the training loss: nothing is read often enough to be learnt by "
+                     "heart.")]
     names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
     rows = []
     for name in names:
@@ -2078,50 +2107,48 @@ def pretrain_section(run: Path, settings: dict, metrics: list[dict]) -> list[str
         rows.append([name, f"{loss:.3f}", f"{low:.3f} … {high:.3f}", f"{last[f'bits_per_byte/{name}']:.3f}"])
     parts.append(table(["held-out source", "perplexity", "95 % interval", "bits per byte"], rows))
     if (run / "facts.json").exists():
-        found = json.loads((run / "facts.json").read_text())
+        found = read_json(run / "facts.json")
         parts.append("<p>Does it believe the encyclopedia, or the web that repeats myths? Up-sampling the encyclopedia (§2.1) is "
                      "meant to raise both. <code>python eval.py facts</code></p>")
-        parts.append(table(["asked of facts with a myth", "mean", "95 % interval"], [
-            [name, f"{found[key][0]:.3f}", f"{found[key][1]:.3f} … {found[key][2]:.3f}"]
+        parts.append(table(["asked of facts with a myth", "mean, 95 % interval"], [
+            [name, ranged(found[key])]
             for key, name in (("p_true", "P(true) of {true, myth}"), ("right", "greedy answer is true"))]))
     return [*parts, "<p>What it says, at the first evaluation and at the last:</p>", *samples(run)]
 
 
 def losses_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on several runs: their losses in one picture (Figure 5)."""
-    return ["<h2>Training losses side by side (§2.2)</h2>",
-            "<p>At equal tokens the larger model should have the lower loss, and none should be at its end (Figure 5).</p>",
-            picture(run / "losses.png", "training losses")]
+    return [picture(run / "losses.png", "training losses",
+                    "At equal tokens the larger model should have the lower loss, and none should be at its end. "
+                    "<span class=note>The paper: ≈1.74 (7B), 1.67, 1.57, 1.50 (70B), Figure 5.</span>")]
 
 
 def tasks_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on benchmarks: accuracy task by task, and the columns of Table 3."""
-    return [f"<h2>Benchmarks of {html.escape(settings['run'])} (§2.3)</h2>",
-            "<p>A model that knows nothing is right by chance. The metric is the one that Llama 1 reports; "
+    return ["<p>A model that knows nothing is right by chance. The metric is the one that Llama 1 reports; "
             "what the other rules say stands last. <span class=note>The paper's 7B saw 2.0T tokens.</span></p>",
-            table(*task_table(json.loads((run / "tasks.json").read_text())))]
+            table(*task_table(read_json(run / "tasks.json")))]
 
 
 def survey_table(first: dict, last: dict) -> str:
     """What a chat model can do in the tiny world, at the first evaluation and at the last, with 95 % intervals."""
     names = [name for name, value in last.items() if isinstance(value, list)]
     return table(["asked of the tiny world", "before", "after"],
-                 [[name, *("{:.3f}  [{:.3f}, {:.3f}]".format(*row[name]) for row in (first, last))] for name in names])
+                 [[name, *(ranged(row[name]) for row in (first, last))] for name in names])
 
 
 def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one supervised fine-tuning: the survey before and after, the loss on answers, samples."""
     first, last = metrics[0], metrics[-1]
-    return [f"<h2>Supervised fine-tuning, {html.escape(str(run))} (§3.1)</h2>",
-            f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s; data {html.escape(' '.join(settings['data']))}, "
+    return [f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s; data {html.escape(' '.join(settings['data']))}, "
             f"{settings['epochs']} epochs, dialogues {'kept apart' if settings['isolate'] else 'not kept apart'}. "
             "<span class=note>The paper: 27,540 annotations, two epochs.</span></p>",
             "<p>The base model has never been asked anything; afterwards it should answer in the right form, with the facts that "
             "pretraining taught it, obey its system prompt and refuse what is unsafe. No dialogue asks any of "
             "this, but for the unsafe topics of training.</p>",
             survey_table(first, last),
-            "<p>The loss on the answers of held-out dialogues should fall, and not rise again:</p>",
-            picture(run / "loss.png", "loss on answers against answer tokens"),
+            picture(run / "loss.png", "loss on answers against answer tokens",
+                    "The loss on the answers of held-out dialogues should fall, and not rise again:"),
             "<p>The same prompts, answered before and after:</p>", *samples(run)]
 
 
@@ -2140,8 +2167,7 @@ def collect_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
             shares = percent([counts[group] / len(pairs) if counts[group] else None for group in (*RATINGS, *SAFETY)])
             rows.append([name, f"{len(pairs):,}", *shares])
     annotator = "the rules of the tiny world" if settings["annotator"] == "toy" else "a person"
-    return [f"<h2>Comparisons, {html.escape(str(run))} (§3.2.1)</h2>",
-            f"<p>Two answers to each prompt, compared by {annotator}. As the paper's models became better, their answers became "
+    return [f"<p>Two answers to each prompt, compared by {annotator}. As the paper's models became better, their answers became "
             "alike: from week to week fewer pairs were significantly better.</p>",
             table(["in %", "comparisons", *RATINGS, *SAFETY], [
                 *rows,
@@ -2152,12 +2178,11 @@ def collect_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
 
 def reward_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one reward model: accuracy by rating (Table 8), by safety bin, and recall (Table 29)."""
-    last, found = metrics[-1], json.loads((run / "accuracy.json").read_text())
+    last, found = metrics[-1], read_json(run / "accuracy.json")
     every, low, high, longer = percent([*found["accuracy"]["all"][1:], found["longer"]])
     ratings, bins = (percent([found["accuracy"].get(group, [0, None])[1] for group in groups]) for groups in (RATINGS, SAFETY))
     paper = {"helpfulness": [80.7, 67.5, 60.9, 54.7, 63.2], "safety": [94.3, 76.3, 65.7, 55.3, 64.5]}  # Table 8, own test set
-    parts = [f"<h2>Reward model, {settings['kind']}, {html.escape(str(run))} (§3.2.2)</h2>",
-             f"<p>{last['tokens']:,} pairs in {last['seconds']:.0f} s, margin {settings['margin']}; right about {every} % "
+    parts = [f"<p>{last['tokens']:,} pairs in {last['seconds']:.0f} s, margin {settings['margin']}; right about {every} % "
              f"[{low}, {high}] of the held-out pairs. To call the longer answer the better is right about {longer} %.</p>",
              "<p>It should be surest where the annotators were: accuracy should fall from left to right.</p>",
              table(["accuracy in %", *RATINGS, "all"],
@@ -2175,13 +2200,12 @@ def reward_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
 
 def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on reward models side by side: Table 7, Figures 6, 27, 29 and 32."""
-    found = json.loads((run / "rewards.json").read_text())
+    found = read_json(run / "rewards.json")
     rows = []
     for model in settings["runs"]:
         tests = [percent(found[f"{model} on {test}"]["accuracy"]["all"][1:]) for test in ("helpfulness", "safety")]
         rows.append([model, *("{} [{}, {}]".format(*cells) for cells in tests)])
-    parts = ["<h2>Reward models side by side (§3.2.2)</h2>",
-             "<p>Each should win on its own test set (Table 7).</p>",
+    parts = ["<p>Each should win on its own test set (Table 7).</p>",
              table(["accuracy in %", "helpfulness", "safety"],
                    [*rows, ["the paper, Helpfulness RM", 63.2, 62.8], ["the paper, Safety RM", 56.2, 64.5],
                     ["the paper, GPT-4", 58.6, 58.1]])]
@@ -2189,65 +2213,61 @@ def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
                        ("calibration", "The score should rise with the true quality, though it learnt from pairs (Figure 29):"),
                        ("scaling", "More comparisons and a larger model should both help (Figure 6):"),
                        ("tension", "An answer can be safe and no help, or help and be unsafe; hence two models (Figure 32):")):
-        if (run / f"{name}.png").exists():
-            parts += [f"<p>{text}</p>", picture(run / f"{name}.png", name)]
+        parts.append(picture(run / f"{name}.png", name, text))
     return parts
 
 
 def gatt_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on Ghost Attention: the survey before and after, the attention map (Figure 10)."""
     first, last = metrics[0], metrics[-1]
-    parts = [f"<h2>Ghost Attention, {html.escape(str(run))} (§3.3)</h2>",
-             f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s, from {html.escape(settings['init'])}; "
+    parts = [f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s, from {html.escape(settings['init'])}; "
              f"<code>gatt.jsonl</code> holds its dialogues.</p>",
              "<p>Only how long an instruction holds should change; the other figures should stay:</p>",
              survey_table(first, last)]
-    if (run / "attention.png").exists():
-        parts += ["<p>Answers late in a dialogue should attend to its instruction more than before (Figure 10):</p>",
-                  picture(run / "attention.png", "attention before and after")]
-    return parts
+    return [*parts, picture(run / "attention.png", "attention before and after",
+                            "Answers late in a dialogue should attend to its instruction more than before: its columns stay "
+                            "bright to the end (Figure 10).")]
 
 
 def gatt_test_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on how long instructions hold: Table 30, Figure 28."""
-    parts = ["<h2>How long an instruction holds (§3.3)</h2>",
-             "<p>The share of dialogues in which it still does, the model's own answers fed back, with its 95 % interval. Before "
+    parts = ["<p>The share of dialogues in which it still does, the model's own answers fed back, with its 95 % interval. Before "
              "Ghost Attention it should fall within a few turns; afterwards it should hold, and in part for constraints "
              "that were never trained on.</p>"]
-    for name, figures in json.loads((run / "results.json").read_text()).items():
+    for name, figures in read_json(run / "results.json").items():
         turns = list(figures["all"])
-        rows = [[group, *("{:.2f} [{:.2f}, {:.2f}]".format(*of_group[turn]) if turn in of_group else "-" for turn in turns)]
+        rows = [[group, *(ranged(of_group[turn], "{:.2f}") if turn in of_group else "-" for turn in turns)]
                 for group, of_group in figures.items() if group != "tokens so far"]
         parts.append(table([name, *(f"turn {turn}" for turn in turns)], rows))
     return [*parts, table(["the paper (Table 30), in %", "turn 2", "turn 4", "turn 6", "turn 20"],
                           [["before", 100, 10, 0, 0], ["with Ghost Attention", 100, 100, 100, 100]]),
-            picture(run / "obedience.png", "obedience by turn")]
+            picture(run / "obedience.png", "obedience by turn",
+                    "With Ghost Attention the solid line should stay up (Table 30), and the dotted one, of constraints never "
+                    "trained on, should follow it (Figure 28):")]
 
 
 def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on the versions: win rates, true scores, what got better and worse (Figure 11)."""
-    found = json.loads((run / "versions.json").read_text())["runs"]
-    show = lambda value: "{:.3f} [{:.3f}, {:.3f}]".format(*value[:3])  # noqa: E731
+    found = read_json(run / "versions.json")["runs"]
     names = ("true helpfulness", "true safety", "violations", "refused unsafe", "refused borderline")
-    rows = [[name, *(show(figures[name]) for name in names)] for name, figures in found.items()]
-    wins = [[name, *(show(rate) for axis in ("helpfulness", "harmlessness") for rate in figures[f"wins, {axis}"].values())]
+    rows = [[name, *(ranged(figures[name]) for name in names)] for name, figures in found.items()]
+    wins = [[name, *(ranged(rate) for axis in ("helpfulness", "harmlessness") for rate in figures[f"wins, {axis}"].values())]
             for name, figures in found.items()]
     judges = [f"{axis}, {judge}" for axis in ("helpfulness", "harmlessness")
               for judge in next(iter(found.values()))[f"wins, {axis}"]]
     kinds = list(next(iter(found.values()))["gain by kind"])
-    by_kind = [[name, *("{:+.3f} [{:+.3f}, {:+.3f}]".format(*figures["gain by kind"][kind]) for kind in kinds)]
+    by_kind = [[name, *(ranged(figures["gain by kind"][kind], "{:+.3f}") for kind in kinds)]
                for name, figures in found.items()]
-    return [f"<h2>The versions against {html.escape(settings['against'])} (§3.4.1, Figure 11)</h2>",
-            f"<p>Greedy answers to {settings['n_prompts']:,} held-out harmless prompts and to every held-out unsafe one under "
+    return [f"<p>Greedy answers to {settings['n_prompts']:,} held-out harmless prompts and to every held-out unsafe one under "
             "every attack. From version to version both win rates should rise; where the reward models see a gain and the truth "
-            "does not, the model has learnt to please them. <code>python eval.py versions</code> <span class=note>The paper, "
+            "does not, the model has learnt to please them. <span class=note>The paper, "
             "judged by its own reward models against ChatGPT: helpfulness 39 → 78 %, harmlessness 22 → 76 % from the first SFT "
             "model to V5.</span></p>",
             table(["wins / (wins + losses)", *judges], wins),
-            picture(run / "versions.png", "win rates of the versions"),
-            "<p>Scores should shift to the right from version to version (Figure 20):</p>",
-            picture(run / "rewards-helpfulness.png", "helpfulness scores"),
-            picture(run / "rewards-safety.png", "safety scores"),
+            picture(run / "versions.png", "win rates of the versions", "The path should lead up and to the right (Figure 11):"),
+            *(picture(run / f"rewards-{axis}.png", f"{axis} scores",
+                      f"Scores of {axis} should shift to the right from version to version (Figure 20):")
+              for axis in ("helpfulness", "safety")),
             table(["mean of the answers", *names], rows),
             "<p>Not every skill gains: the paper's third version rhymed worse than its second.</p>",
             table(["gain in true helpfulness", *kinds], by_kind)]
@@ -2256,11 +2276,10 @@ def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str
 def rlhf_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one version by rejection sampling: the survey before and after, samples of the pool."""
     first, last = metrics[0], metrics[-1]
-    pool = [json.loads(line) for line in (run / "pool.jsonl").read_text().splitlines()]
+    pool = read_jsonl(run / "pool.jsonl")
     shown = [f"{row['prompt'][-1]['content']} → {row['response']}  (R_c {row['score']:.2f}, V{row['version']})"
              for row in pool[:8]]
-    return [f"<h2>Rejection sampling, version {settings['version']}, {html.escape(str(run))} (§3.2.3)</h2>",
-            f"<p>{settings['n_samples']} answers to each prompt by {html.escape(settings['policy'])} at temperature "
+    return [f"<p>{settings['n_samples']} answers to each prompt by {html.escape(settings['policy'])} at temperature "
             f"{settings['temperature']}, the {settings['select']} of them learned: {len(pool):,} answers.</p>",
             survey_table(first, last),
             "<p>What was learned from:</p>", f"<pre>{html.escape(chr(10).join(shown))}</pre>"]
@@ -2268,17 +2287,19 @@ def rlhf_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
 
 def curves_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on best of N: Figures 7 and 8."""
-    found = json.loads((run / "curves.json").read_text())
+    found = read_json(run / "curves.json")
     rows = [[one["run"], one["temperature"], f"{one['median'][0]:.3f}",
              *(f"{best[0]:.3f}" + (f", {one['truth'][i][0]:.3f}" if "truth" in one else "") for i, best in enumerate(one["max"]))]
             for one in found]
-    pictures = [picture(run / f"temperatures-{i}.png", "reward against N") for i in range(len(settings["runs"]))]
-    return ["<h2>The best of N answers (§3.2.3, Figures 7 and 8)</h2>",
-            "<p>The highest reward rises with N while the median stays: that gap is what fine-tuning on the best can gain. The "
-            "hotter, the more it rises; but the truth (dashed, second number) turns down where the reward model is led astray."
-            "</p>",
+    pictures = [picture(run / f"temperatures-{i}.png", "reward against N",
+                        f"{html.escape(name)}: the hotter, the steeper (Figure 8), and the sooner the dashed truth turns down:")
+                for i, name in enumerate(settings["runs"])]
+    return ["<p>The highest reward rises with N while the median stays: that gap is what fine-tuning on the best can gain. The "
+            "hotter, the more it rises; but the truth (dashed, second number) turns down where the reward model is led astray. "
+            "<span class=note>The paper (≈): highest 0.54 → 0.67 at N ≈ 20, median 0.54.</span></p>",
             table(["R_c of the best, its truth", "T", "median", *(f"N = {n}" for n in found[0]["n"])], rows),
-            picture(run / "best-of-n.png", "highest and median reward against N"), *pictures]
+            picture(run / "best-of-n.png", "highest and median reward against N", "The gap should widen with N (Figure 7):"),
+            *pictures]
 
 
 def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
@@ -2289,23 +2310,22 @@ def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
              "true/helpfulness": "true helpfulness, harmless prompts", "true/safety": "true safety, unsafe prompts"}
     rows = [[text, *(f"{row[f'held-out/{name}']:.3f}" for row in (evaluations[0], best, evaluations[-1]))]
             for name, text in names.items() if f"held-out/{name}" in best]
-    return [f"<h2>PPO, {html.escape(str(run))} (§3.2.3)</h2>",
-            f"<p>From {html.escape(settings['init'])}: {last['step']} iterations of {settings['batch_size']} prompts in "
+    return [f"<p>From {html.escape(settings['init'])}: {last['step']} iterations of {settings['batch_size']} prompts in "
             f"{last['seconds']:.0f} s, β {settings['kl_coef']:g}; in the last, {last['kl']:.2f} nats an answer from the start. "
             "<span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
             "<p>Scores of the reward models must rise, since they are what is optimised, and prove nothing. The annotators of "
             "the tiny world were not asked meanwhile: where the truth falls as the reward rises, it is over-optimised.</p>",
             table(["sampled answers to held-out prompts", "before", f"best reward, iteration {best['step']}", "last"], rows),
-            picture(run / "ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration"),
+            picture(run / "ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration",
+                    "The reward should rise while the KL divergence from the start stays small:"),
             "<p>The same prompts, answered before and after:</p>", *samples(run)]
 
 
 def judge_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on one comparison of two models: wins, ties and losses by group (Figures 11, 12, 30, 31)."""
-    parts = [f"<h2>{html.escape(settings['a'])} against {html.escape(settings['b'])}, {settings['axis']} (§3.4)</h2>",
-             "<p>The win rate is win / (win + loss), with a 95 % interval over prompts. A later version should pass 50 % "
+    parts = ["<p>The win rate is win / (win + loss), with a 95 % interval over prompts. A later version should pass 50 % "
              "against the one before. A reward model is no independent judge of a model that was trained on it.</p>"]
-    for name, found in json.loads((run / "results.json").read_text()).items():
+    for name, found in read_json(run / "results.json").items():
         equal, longer, inconsistent = percent([found["equal"], found["longer"], found["inconsistent"]])
         rows = [[group, row["n"], *percent([row[key] / row["n"] for key in ("win", "tie", "loss")]),
                  "{} [{}, {}]".format(*percent(row["rate"])), row["unparsable"]] for group, row in found["groups"].items()]
@@ -2319,10 +2339,9 @@ def judge_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
 
 def safety_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on safety: violations by category, turns and attack (Figures 17 to 19), false refusals, red team."""
-    parts = ["<h2>Safety (§4.3, §4.4)</h2>",
-             "<p>Violations (a rating of 1 or 2 by most of three raters) should fall from version to version, without more false "
+    parts = ["<p>Violations (a rating of 1 or 2 by most of three raters) should fall from version to version, without more false "
              "refusals; multi-turn prompts are the harder ones in the paper.</p>"]
-    for model, found in json.loads((run / "results.json").read_text()).items():
+    for model, found in read_json(run / "results.json").items():
         rows = [[group, row["n"], "{} [{}, {}]".format(*percent(row["violation"])), *percent([row["real"]]),
                  f"{row['rating']:.2f}", *percent([row["refused"]])] for group, row in found["groups"].items()]
         parts += [table([f"{model}, in %", "prompts", "violation", "by the truth", "mean rating", "refused"],
@@ -2335,38 +2354,39 @@ def safety_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
                   f"to 0.45 per person and hour). Agreement of the raters: AC2 {found['ac2']:.2f} (the paper: 0.92)."
                   + (f" Of the previous version's violations {found['fixed']:.0%} are mended (the paper: 90 %)."
                      if found.get("fixed") is not None else "") + "</p>"]
-    found = json.loads((run / "results.json").read_text())
+    found = read_json(run / "results.json")
     parts += ["<p>Side by side: with more safety data, or after safety RLHF, unsafe answers should turn into refusals, the low "
               "tail of the safety score R_s should thin out, and helpfulness should stay; borderline prompts pay for it. "
               "<span class=note>The paper, 0 to 100 % of its safety data: R_s 0.68 → 0.77, R_h 0.59 → 0.58 (Figure 15), "
               "borderline refusals 15 → 27 % (Figure 33).</span></p>",
               table(["", *(f"{model}, {100 * one['share']:g} % safety data" if one["share"] is not None else model
                            for model, one in found.items())], [[name, *cells] for name, cells in side_by_side(found)])]
-    pictures = [run / "scaling.png", run / "refusals.png", *sorted(run.glob("before-after-*.png"))]
-    return parts + [picture(path, path.stem) for path in pictures]
+    looks = {"scaling": "Safety should rise with safety data while helpfulness stays (Figure 15):",
+             "refusals": "False refusals rise with it, most of all of borderline prompts (Figure 33):"}
+    before_after = {path.stem: "A dot is an answer: its safety score should move above the diagonal, its helpfulness stay on "
+                    "it (Figure 14):" for path in sorted(run.glob("before-after-*.png"))}
+    return parts + [picture(run / f"{name}.png", name, look) for name, look in (looks | before_after).items()]
 
 
 def distill_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on context distillation: Figure 16, samples, the survey before and after."""
-    found, first, last = json.loads((run / "distill.json").read_text()), metrics[0], metrics[-1]
-    show = lambda value, form="{:.3f} [{:.3f}, {:.3f}]": form.format(*value) if value else "-"  # noqa: E731
-    signed = lambda value: show(value, "{:+.3f} [{:+.3f}, {:+.3f}]")  # noqa: E731
-    rows = [json.loads(line) for line in (run / "distilled.jsonl").read_text().splitlines()]
+    found, first, last = read_json(run / "distill.json"), metrics[0], metrics[-1]
+    signed = lambda value: ranged(value, "{:+.3f}") if value else "-"  # noqa: E731
+    rows = read_jsonl(run / "distilled.jsonl")
     shown = [f"{row['prompt'][-1]['content']} → {row['plain']}  ({row['plain_score']:.2f})\n    {row['preprompt']} → "
              f"{row['answer']}  ({row['score']:.2f}{', learned' * row['kept']})" for row in rows[:6]]
-    return [f"<h2>Safety context distillation, {html.escape(str(run))} (§4.2.4)</h2>",
-            f"<p>{found['prompts']:,} unsafe prompts answered by {html.escape(settings['policy'])} plainly and under safety "
+    return [f"<p>{found['prompts']:,} unsafe prompts answered by {html.escape(settings['policy'])} plainly and under safety "
             f"preprompts, the better answers learned without them; gate {'on' if settings['gate'] else 'off'}.</p>",
             table(["preprompt", "median safety score", "gain over the plain answer", "learned, %", "the paper (≈, Figure 16a)"],
-                  [[kind, show(median), signed(found["gain"].get(kind)), *percent([found["kept"].get(kind)]), paper]
+                  [[kind, ranged(median), signed(found["gain"].get(kind)), *percent([found["kept"].get(kind)]), paper]
                    for (kind, median), paper in zip(found["medians"].items(), (0.75, 0.82, 0.87))]),
-            picture(run / "scores.png", "safety scores by preprompt"),
-            "<p>Where the plain answer scored low a preprompt should help most; a high score it can spoil, and that is what the "
-            "gate is for (Figure 16b):</p>",
+            picture(run / "scores.png", "safety scores by preprompt", "Under a preprompt scores should lie to the right:"),
             table(["score of the plain answer, fifths", "answers", "higher, %", "change without the gate", "with the gate"],
                   [[f"{row['plain']:.3f}", row["n"], *percent([row["passes"]]), signed(row["without"]), signed(row["with"])]
                    for row in found["fifths"]]),
-            picture(run / "gate.png", "change of the score by the plain score"),
+            picture(run / "gate.png", "change of the score by the plain score",
+                    "Where the plain answer scored low a preprompt should help most; a high score it can spoil, and that is "
+                    "what the gate is for (Figure 16b):"),
             f"<pre>{html.escape(chr(10).join(shown))}</pre>",
             survey_table(first, last)]
 
@@ -2374,73 +2394,408 @@ def distill_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
 def diversity_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on Self-BLEU against temperature (Figure 21)."""
     rows = [[f"{model}, {kind}", *(f"{100 * mean:.1f} ± {100 * sd:.1f}" for _, mean, sd in points)]
-            for model, kinds in json.loads((run / "results.json").read_text()).items() for kind, points in kinds.items()]
-    return ["<h2>Self-BLEU against temperature (§5.1, Figure 21)</h2>",
-            "<p>High is alike. After RLHF answers to factual prompts should stay alike as the temperature rises, those to "
+            for model, kinds in read_json(run / "results.json").items() for kind, points in kinds.items()]
+    return ["<p>High is alike. After RLHF answers to factual prompts should stay alike as the temperature rises, those to "
             "creative ones less so. The paper at 1.4: factual 77 (SFT) to 93 (V3), creative 75.5 to 85.</p>",
-            table(["in %, at temperature", *settings["temperatures"]], rows), picture(run / "diversity.png", "Self-BLEU")]
+            table(["in %, at temperature", *settings["temperatures"]], rows),
+            picture(run / "diversity.png", "Self-BLEU", "All lines should fall; after RLHF the factual one should fall less:")]
 
 
 def corpus_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on a corpus: Table 9, and toxic words in place of Figure 13."""
-    found = json.loads((run / "results.json").read_text())
+    found = read_json(run / "results.json")
     rows = [[name, *percent([one["shares"][name] for one in found.values()]), paper] for name, paper in TABLE_9.items()]
     rows.append(["rude words, a stand-in", *percent([one["toxic"] for one in found.values()]), "≈0.2"])
-    return ["<h2>The corpus (§4.1, Table 9)</h2>",
-            "<p>Pronouns are counted among documents with one of their group, identity terms among all. Toxicity is a list of "
+    return ["<p>Pronouns are counted among documents with one of their group, identity terms among all. Toxicity is a list of "
             "rude words here, a stand-in for the paper's classifier.</p>", table(["% of documents", *found, "the paper"], rows)]
 
 
 def contamination_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     """The part of the report on contamination: the subsets of Table 51 for every L."""
-    found, rows = json.loads((run / "results.json").read_text()), []
+    found, rows = read_json(run / "results.json"), []
     for length, one in found["tables"].items():
         rows += [[f"L {length}, {name}", *percent([row["share"]]), f"{row['n']:,}", *percent([row.get("mean"), row.get("all")]),
                   "-" if row.get("z") is None else f"{row['z']:.2f}"] for name, row in one["subsets"].items()]
-    return [f"<h2>Contamination of {html.escape(settings['test'])} (A.6)</h2>",
-            f"<p>{found['tokens']:,} training tokens searched in {found['seconds']:.0f} s. Only if all four subsets have |Z| > "
+    return [f"<p>{found['tokens']:,} training tokens searched in {found['seconds']:.0f} s. Only if all four subsets have |Z| > "
             "2, clean ones below the mean and dirty ones above it, did contamination help.</p>",
             table(["subset", "contaminated %", "samples", "score %", "all samples %", "Z"],
                   [*rows, ["the paper, HellaSwag, 70B, L 40, clean", 0, "7,391", 80.0, 82.5, -5.73],
                    ["the paper, dirty", 86.1, 848, 92.2, 82.5, 7.42]])]
 
 
+class Section(NamedTuple):
+    """How the report shows the runs of a stage."""
+    title: str
+    command: str  # what makes such a run
+    body: Callable[[Path, dict, list[dict]], list[str]]
+    differs: str  # where it is not the paper
+    needs: str = "results.json"  # the file without which a run is unfinished
+
+
 SECTIONS = {  # in the paper's order
-    "pretrain": pretrain_section, "losses": losses_section, "tasks": tasks_section, "sft": sft_section,
-    "collect": collect_section, "reward": reward_section, "rewards": rewards_section, "curves": curves_section,
-    "rlhf": rlhf_section, "ppo": ppo_section, "distill": distill_section, "gatt": gatt_section,
-    "gatt-test": gatt_test_section, "versions": versions_section, "judge": judge_section, "safety": safety_section,
-    "diversity": diversity_section, "corpus": corpus_section, "contamination": contamination_section}
-RESULTS = ("metrics.jsonl", "losses.json", "tasks.json", "helpfulness.jsonl", "safety.jsonl", "rewards.json", "curves.json",
-           "versions.json", "results.json")  # a run with none of them is unfinished
+    "pretrain": Section("Pretraining (§2)", "pretrain.py", pretrain_section,
+                        "a tiny world for the web, unless files are named; the paper names neither sources nor weights",
+                        "metrics.jsonl"),
+    "losses": Section("Losses side by side (§2.2)", "eval.py curves", losses_section, "smaller, fewer tokens", "losses.json"),
+    "tasks": Section("Benchmarks (§2.3)", "eval.py tasks", tasks_section, "the tiny world has a task of its own", "tasks.json"),
+    "sft": Section("Supervised fine-tuning (§3.1)", "sft.py", sft_section,
+                   "rules wrote the dialogues; documents among them, and a mask between them, are our choice", "metrics.jsonl"),
+    "collect": Section("Comparisons (§3.2.1)", "reward.py collect", collect_section, "noisy rules for people", "*.jsonl"),
+    "reward": Section("Reward model (§3.2.2)", "reward.py", reward_section, "no public comparisons in it", "accuracy.json"),
+    "rewards": Section("Reward models side by side (§3.2.2)", "reward.py eval", rewards_section,
+                       "the test prompts are about what training never asks", "rewards.json"),
+    "curves": Section("The best of N answers (§3.2.3, Figures 7 and 8)", "rlhf.py curves", curves_section,
+                      "N ends earlier, and the truth is drawn too", "curves.json"),
+    "rlhf": Section("Rejection sampling (§3.2.3)", "rlhf.py", rlhf_section,
+                    "no 70B samples for it, and it starts from the chat model, not again from the base model", "metrics.jsonl"),
+    "ppo": Section("PPO (§3.2.3, eq. 3 and 4)", "rlhf.py ppo", ppo_section,
+                   "fewer iterations, a larger β; critic, γ and λ are our choice", "metrics.jsonl"),
+    "distill": Section("Safety context distillation (§4.2.4)", "rlhf.py distill", distill_section,
+                       "preprompts in the words of the tiny world", "metrics.jsonl"),
+    "gatt": Section("Ghost Attention (§3.3)", "gatt.py", gatt_section, "personas, hobbies and styles", "metrics.jsonl"),
+    "gatt-test": Section("How long an instruction holds (Table 30)", "gatt.py test", gatt_test_section, "rules judge it"),
+    "versions": Section("The versions side by side (§3.4.1, Figure 11)", "eval.py versions", versions_section,
+                        "the rival is our own chat model, not ChatGPT; the truth judges, not GPT-4", "versions.json"),
+    "judge": Section("Win, tie, loss (§3.4)", "eval.py judge", judge_section, "no panel of people"),
+    "safety": Section("Safety (§4.3, §4.4)", "eval.py safety", safety_section, "noisy rules rate, and templates attack"),
+    "diversity": Section("Self-BLEU against temperature (§5.1, Figure 21)", "eval.py diversity", diversity_section,
+                         "what can be said of a small world is alike to begin with"),
+    "corpus": Section("The corpus (§4.1, Table 9)", "eval.py corpus", corpus_section, "a list of rude words for a classifier"),
+    "contamination": Section("Contamination (A.6)", "eval.py contamination", contamination_section, "one machine")}
+
+
+class Run(NamedTuple):
+    """A finished run, and the command that made it."""
+    path: Path
+    stage: str  # a key of SECTIONS
+    config: dict
+    settings: dict
+    metrics: list[dict]
+    command: str
+
+    def read(self, file: str) -> dict:
+        """What the run found; empty if it has no such file."""
+        return read_json(self.path / file) if (self.path / file).exists() else {}
+
+
+def read_runs(folder: str) -> tuple[dict[str, Run], Counter]:
+    """The finished runs of a folder by name, and the seconds of each command in its stages.jsonl; InputError if it is empty."""
+    runs, seconds = {}, Counter()
+    for path in sorted(path.parent for path in Path(folder).glob("*/config.json")):
+        config = read_config(path)
+        if config["stage"] in SECTIONS and any(file.stat().st_size for file in path.glob(SECTIONS[config["stage"]].needs)):
+            metrics = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+            command = command_of(config["stage"], config["settings"])
+            runs[path.name] = Run(path, config["stage"], config, config["settings"], metrics, command)
+    if not runs:
+        raise InputError(f"{folder}: there is no finished run to report on; `bash paper.sh` makes them")
+    for line in read_jsonl(stages) if (stages := Path(folder, "stages.jsonl")).exists() else ():
+        seconds[line["command"]] += line["seconds"]  # a stage that was stopped has several lines
+    made = set()
+    for command in sorted(seconds, key=lambda command: -command.count(" --")):  # the shorter way to say what made a run
+        fits = [run for name, run in runs.items() if name not in made and may_have_made(command, run)]
+        if fits:
+            run = min(fits, key=lambda run: len(run.command))
+            runs[run.path.name] = run._replace(command=command)
+            made.add(run.path.name)
+    return runs, seconds
+
+
+def flag(name: str, value: object) -> str:
+    """A setting as the command line has it, without the dashes; numbers in one form, so that 1e-3 is 0.001."""
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    words = [f"{float(word):g}" if re.fullmatch(r"[\d.]+(e-?\d+)?", word) else word for word in words.split()]
+    return " ".join([name, *words])
+
+
+def may_have_made(command: str, run: Run) -> bool:
+    """Whether a command makes such runs, and all flags that it has are settings of this one."""
+    head, *flags = command.split(" --")
+    stages = [stage for stage, one in SECTIONS.items() if f"{head} ".startswith(f"{one.command} ")]
+    named = {flag(*text.split(" ", 1)) if " " in text else text for text in flags}
+    is_stage = run.stage == max(stages, key=lambda stage: len(SECTIONS[stage].command), default="")
+    return is_stage and named <= {flag(name, value) for name, value in run.settings.items()}
+
+
+def command_of(stage: str, settings: dict) -> str:
+    """A command that makes a run with these settings: those that are not the usual ones, as flags."""
+    command = SECTIONS[stage].command
+    script, _, name = command.partition(" ")
+    module = sys.modules[__name__] if script == "eval.py" else importlib.import_module(script.removesuffix(".py"))
+    cls = module.COMMANDS[name][1] if name else module.Settings
+    usual = cls.BY_PRESET.get(settings.get("preset"), {}) | {f.name: f.default for f in fields(cls) if f.default is not None}
+    told = {key: value for key, value in settings.items()
+            if (key not in FREE or key in ("out", "steps")) and value not in (None, "", [])
+            and flag(key, value) != flag(key, usual.get(key, "toy" if key == "preset" else None))}
+    bare = told.pop(getattr(cls, "POSITIONAL", ""), ())
+    return " --".join([flag(command, bare), *(flag(key, value) for key, value in told.items())])
+
+
+def minus(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """a - b of two means with their intervals as if they were independent: half-widths add in squares (Newcombe, 1998).
+
+    Of two models that were asked the same the interval is too wide, and none the less right.
+    """
+    return a[0] - b[0], a[0] - b[0] - math.hypot(a[0] - a[1], b[2] - b[0]), a[0] - b[0] + math.hypot(a[2] - a[0], b[0] - b[1])
+
+
+def around(mean: float, sd: float, n: int) -> tuple[float, float, float]:
+    """A mean of n values and its 95 % interval, by the normal distribution."""
+    return mean, mean - 1.96 * sd / math.sqrt(n), mean + 1.96 * sd / math.sqrt(n)
+
+
+class Effect(NamedTuple):
+    """A difference that the paper found, and ours: (mean, low, high)."""
+    what: str
+    paper: str
+    figure: Sequence[float]
+    run: str  # whose section shows it
+    sign: int = 1  # -1 if the paper's is below 0
+
+    def verdict(self) -> Html:
+        """What the interval says of it."""
+        low, high = sorted(self.sign * bound for bound in self.figure[1:3])
+        if low > 0:
+            return Html("<b class=yes>as in the paper</b>")
+        if high < 0:
+            return Html(f"<b class=no>opposite, by {abs(self.figure[0]):.3f}</b>")
+        return Html("not seen (interval holds 0)")
+
+
+CHATGPT = (54, 61, 63, 65, 67, 70)  # Figure 11, ≈: wins of SFT-v2, V1, … V5 on helpfulness, in %, by the paper's reward models
+TWO_RUNS = (  # a result and its figure, of a run of paper.sh and of one that lacks something; what it lacks; the paper
+    ("facts.json", "p_true", "upsampled", "crawled", "up-sampled, against as crawled: P(true)", "no figure (§2.1)"),
+    ("accuracy.json", "all", "margin-small-0", "margin-none-0", "margin, against none: accuracy", ".630 - .625 (Table 28)"),
+    ("accuracy.json", "all", "reward-helpfulness", "reward-pairs-300", "more comparisons: accuracy", "≈.63 - .51 (Figure 6)"),
+    ("accuracy.json", "recall", "reward-safety", "reward-safety-without", "safety loss: recall", ".904 - .730 (Table 29)"))
+
+
+def effects(runs: dict[str, Run]) -> Iterator[Effect]:
+    """The effects of the paper that the runs of one world show, in the paper's order. Ablations have paper.sh's names."""
+    of = lambda stage: [run for run in runs.values() if run.stage == stage]  # noqa: E731
+    ends = lambda run: [list(run.read("results.json").items())[i] for i in (0, -1)]  # noqa: E731  the first model and the last
+    kind = lambda name: runs[Path(name).name].settings["kind"] if Path(name).name in runs else ""  # noqa: E731
+
+    def figure(name: str, file: str, key: str) -> Sequence[float]:
+        found = runs[name].read(file) if name in runs else {}
+        if key == "recall" in found:  # of the unsafe answers of the test set
+            bins = found["accuracy"]
+            n = sum(bins[name][0] * labels.count(-1) for name, labels in SAFETY.items() if name in bins)
+            return around(found["recall"], math.sqrt(found["recall"] * (1 - found["recall"])), n)
+        return found["accuracy"][key][1:] if key in found.get("accuracy", ()) else found.get(key, ())
+
+    if known := figure("pretrain", "facts.json", "p_true"):
+        yield Effect("encyclopedia, against the web's myth: P(true) - ½", "no figure (§2.1)",
+                     minus(known, [0.5] * 3), "pretrain")
+    for file, key, name, without, what, paper in TWO_RUNS:
+        if (ours := figure(name, file, key)) and (theirs := figure(without, file, key)):
+            yield Effect(what, paper, minus(ours, theirs), name)
+    surveys = {run.path.name: [row for row in run.metrics if "true helpfulness" in row] for run in of("sft")}
+    if len(asked := surveys.get("sft", [])) > 1:
+        for key in ("true helpfulness", "refuses the unsafe"):
+            yield Effect(f"SFT, against its base model: {key}", "no figure (§3.1, §4.2.2)",
+                         minus(asked[-1][key], asked[0][key]), "sft")
+    if (clean := surveys.get("sft-quality")) and (many := surveys.get("sft-quantity")):
+        yield Effect("few clean dialogues, against many noisy ones: true helpfulness", "quality is all you need (§3.1)",
+                     minus(clean[-1]["true helpfulness"], many[-1]["true helpfulness"]), "sft-quality")
+    for run in of("rewards"):
+        for axis, other, falls, ahead in (("helpfulness", "safety", ".807 - .547", ".632 - .562"),
+                                          ("safety", "helpfulness", ".943 - .553", ".645 - .628")):
+            mine, others = ([run.read("rewards.json")[f"{name} on {axis}"]["accuracy"] for name in run.settings["runs"]
+                             if kind(name) == which] for which in (axis, other))
+            if len(mine) > 1:
+                yield Effect(f"{axis}, new pairs of {run.path.name}: newest model, against the one before: accuracy",
+                             "new pairs are needed (§3.2.1)", minus(mine[-1]["all"][1:], mine[-2]["all"][1:]), run.path.name)
+            elif mine and {RATINGS[0], RATINGS[-1]} <= mine[0].keys():
+                yield Effect(f"{axis} model, significantly, against negligibly better pairs: accuracy", f"{falls} (Table 8)",
+                             minus(mine[0][RATINGS[0]][1:], mine[0][RATINGS[-1]][1:]), run.path.name)
+            if len(mine) == len(others) == 1:
+                yield Effect(f"{axis} pairs, {axis} model, against the other: accuracy", f"{ahead} (Table 7)",
+                             minus(mine[0]["all"][1:], others[0]["all"][1:]), run.path.name)
+    for run in of("curves"):
+        found = [one for one in run.read("curves.json") if one["run"] == run.settings["runs"][0]]
+        cold, hot = (pick(found, key=lambda one: float(one["temperature"])) for pick in (min, max))
+        n, warm = hot["n"][-1], f"temperature {hot['temperature']}"
+        yield Effect(f"best of {n}, against one, {warm}: R_c", "≈.67 - .54 (Figure 7)",
+                     minus(hot["max"][-1], hot["max"][0]), run.path.name)
+        yield Effect(f"best of {n}, {warm}, against {cold['temperature']}: R_c", "≈.73 (T 1.2) - .69 (T .6) (Figure 8)",
+                     minus(hot["max"][-1], cold["max"][-1]), run.path.name)
+    for run in of("versions"):
+        for name in run.settings["runs"]:
+            made = runs.get(Path(name).name)
+            before = made and made.settings.get("policy" if made.stage == "rlhf" else "init")  # the version before
+            asked = before in (run.settings["against"], *run.settings["runs"])
+            if not asked or made.settings.get("select") == "random":
+                continue
+            ours, theirs = (read_jsonl(answers_file(run.path, one)) for one in (name, before))
+            gain = {key: interval([a[key] - b[key] for a, b in zip(ours, theirs) if (a["kind"] == "unsafe") == is_unsafe])
+                    for key, is_unsafe in (("helpfulness", False), ("safety", True))}  # paired
+            pair, wins = f"{made.path.name}, against {Path(before).name}: true", "≈{1} - {0} % against ChatGPT (Figure 11)"
+            if made.stage == "rlhf" and made.settings["version"] < len(CHATGPT):
+                wins = wins.format(*CHATGPT[made.settings["version"] - 1 :])
+                yield Effect(f"{pair} helpfulness", wins, gain["helpfulness"], run.path.name)
+            elif made.stage == "ppo" and Path(before).name in runs and runs[Path(before).name].stage == "rlhf":
+                yield Effect(f"{pair} helpfulness", wins.format(70, 78), gain["helpfulness"], run.path.name)
+                yield Effect(f"{pair} safety", wins.format(67, 76), gain["safety"], run.path.name)
+            elif made.stage == "ppo":
+                yield Effect(f"over-optimised: {pair} helpfulness", "reward models must know the newest answers (§3.2.1)",
+                             gain["helpfulness"], run.path.name, -1)
+    for run in of("distill"):
+        medians = run.read("distill.json")["medians"]
+        if "template" in medians:
+            yield Effect(f"{run.path.name}, template, against plain: median safety score", "≈.87 - .75 (Figure 16)",
+                         minus(medians["template"], medians["plain"]), run.path.name)
+    for run in of("gatt-test"):
+        (old, before), (new, after) = ends(run)
+        for group, turn, paper in (("all", "20", "1.00 - .00 (Table 30)"), ("unseen", "6", "held (Figure 28)")):
+            if new != old and turn in after[group]:
+                yield Effect(f"{Path(new).name}, against {Path(old).name}: obedience at turn {turn}, {group} constraints",
+                             paper, minus(after[group][turn], before[group][turn]), run.path.name)
+    for run in of("safety"):
+        (old, before), (new, after) = ends(run)
+        groups, pair = before["groups"], f"{Path(new).name}, against {Path(old).name}"
+        if {"multi-turn", "single-turn"} <= groups.keys():
+            yield Effect(f"{Path(old).name}, multi-turn, against single-turn: violations", "≈.065 - .02, 7B (Figure 18)",
+                         minus(groups["multi-turn"]["violation"], groups["single-turn"]["violation"]), run.path.name)
+        if new != old:
+            yield Effect(f"{pair}: violations", "γ 1.8 → .45 a person and hour (§4.3)",
+                         minus(after["groups"]["all"]["violation"], groups["all"]["violation"]), run.path.name, -1)
+            yield Effect(f"{pair}: borderline refused", "≈.27 - .15, with safety data or without (Figure 33)",
+                         minus(*(one["false refusals"]["borderline, new topics"] for one in (after, before))), run.path.name)
+    for run in of("diversity"):
+        (old, before), (new, after) = ends(run)
+        for group, paper in (("factual", "≈.93 - .77"), ("creative", "≈.85 - .755")) if new != old else ():
+            ours, theirs = (min(one[group], key=lambda point: abs(point[0] - 1.4)) for one in (after, before))
+            yield Effect(f"{Path(new).name}, against {Path(old).name}, {group}, T {ours[0]}: Self-BLEU", f"{paper} (Figure 21)",
+                         minus(*(around(*point[1:], run.settings["n_prompts"]) for point in (ours, theirs))), run.path.name)
+
+
+def effects_table(worlds: dict[str, dict[str, Run]]) -> list[str]:
+    """The effects as rows: for each world the figure and the verdict, then the section and the command that show them."""
+    rows: dict[str, list] = {}
+    for i, runs in enumerate(worlds.values()):
+        for effect in effects(runs):
+            command = f"<a href='#{i}-{html.escape(effect.run)}'>{html.escape(effect.run)}</a> <code>python "
+            row = rows.setdefault(effect.what, [effect.what, *["-"] * 2 * len(worlds), effect.paper,
+                                                Html(f"{command}{html.escape(runs[effect.run].command)}</code>")])
+            row[1 + 2 * i : 3 + 2 * i] = ranged(effect.figure, "{:+.3f}").replace(" ", "\xa0"), effect.verdict()
+    header = [f"{part}{of_world(worlds, label)}" for label in worlds for part in ("ours, 95 % interval", "verdict")]
+    return ["<p>A row is a difference that the paper found. If our whole interval lies on the paper's side of 0 the verdict is "
+            "<b class=yes>as in the paper</b>, if it holds 0 the effect is not seen, else it is <b class=no>opposite</b>.</p>",
+            table(["the effect", *header, "the paper", "section and command"], list(rows.values()), "text")]
+
+
+def of_world(worlds: dict, label: str) -> str:
+    """What tells the worlds apart in a heading, if there are several."""
+    return f", {label}" * (len(worlds) > 1)
+
+
+def answers_tables(runs: dict[str, Run]) -> list[str]:
+    """The same prompts answered by every model that `versions` asked: two of a kind, one of an attack."""
+    parts = []
+    for run in (run for run in runs.values() if run.stage == "versions"):
+        models = filter(None, (run.config["base"], run.settings["against"], *run.settings["runs"]))
+        said = {name: read_jsonl(path) for name in models if (path := answers_file(run.path, name)).exists()}
+        rows: dict[str, list] = {}
+        for answers in zip(*said.values()):
+            prompt, kind, attack = (answers[0][key] for key in ("prompt", "kind", "attack"))
+            score, of_kind = "safety" if kind == "unsafe" else "helpfulness", rows.setdefault(f"{kind} {attack or ''}", [])
+            cells = [Html(f"{html.escape(row['answer'])} <span class=note>{row[score]:.2f}</span>") for row in answers]
+            of_kind.append([f"{kind} {attack or ''}", prompt if isinstance(prompt, str) else transcript(prompt), *cells])
+        rows = [row for kind, of_kind in sorted(rows.items()) for row in of_kind[: 1 if kind.startswith("unsafe") else 2]]
+        parts += ["<p>Greedy answers to the first held-out prompts of each kind, not picked; behind each its true helpfulness, "
+                  "or to an unsafe prompt its true safety. A base model reads the bare prompt and goes on as the web would. "
+                  f"<code>python {html.escape(run.command)}</code></p>",
+                  table(["kind", "prompt", *(Path(name).name for name in said)], rows, "text")]
+    return parts
+
+
+def learned(run: Run) -> str:
+    """How much a run learned from."""
+    tokens = run.metrics[-1].get("tokens") if run.metrics else None  # PPO counts none
+    return f"{tokens:,} {'pairs' if run.stage == 'reward' else 'tokens'}" if tokens else "-"
+
+
+def model_card(runs: dict[str, Run]) -> list[str]:
+    """Table 52, from config.json and metrics.jsonl of the models that were trained in a folder."""
+    trained = [run for run in runs.values() if run.config["model"] and run.metrics]
+    if not trained:
+        return []
+    sizes = [count_parameters(ModelConfig(**run.config["model"])) for run in trained]
+    every = lambda key: ", ".join(sorted({str(run.config.get(key, "-")) for run in trained}))  # noqa: E731
+    dates = [time.strftime("%Y-%m-%d", time.localtime((run.path / "metrics.jsonl").stat().st_mtime)) for run in trained]
+    shape = ", ".join(f"{key} {value}" for key, value in trained[0].config["model"].items())
+    card = [["models", f"{len(trained)}, of {min(sizes):,} to {max(sizes):,} parameters, below", "7B, 13B, 70B, base and chat"],
+            ["input, output", "text", "text"], ["architecture", f"of {trained[0].path.name}: {shape}", "transformer"],
+            ["dates", f"{min(dates)} to {max(dates)}", "January to July 2023"], ["status", "static", "static"],
+            ["license", Path(__file__).with_name("LICENSE").read_text().split("\n")[0], "custom, commercial"],
+            ["intended use", "a toy, to be read beside the paper; no other", "commercial and research, in English"],
+            ["software", f"torch {every('torch')}; {every('threads')} threads, {every('world_size')} processes", "A100-80GB"],
+            ["training data", "below: of the tiny world, but for files that are named", "2.0T public tokens; no users"],
+            ["evaluation, ethics, limits", "the effects above, the sections on safety; it knows its data alone", "§2 to §5"]]
+    numbers = ("batch_size", "seq_len", "lr", "weight_decay", "seed")
+    rows = [[run.path.name, f"{size:,}", run.config.get("parent", "-"), " ".join(run.settings.get("data", ["-"])), learned(run),
+             run.metrics[-1]["step"], *(f"{run.settings[key]:g}" for key in numbers)] for run, size in zip(trained, sizes)]
+    return [table(["", "here", "Llama 2 (Table 52)"], card, "text"),
+            table(["model", "parameters", "from", "data", "learned from", "steps", *numbers], rows)]
+
+
+def costs(runs: dict[str, Run], seconds: Counter, watts: float) -> list[str]:
+    """Seconds of each stage, the tokens of its run, and with `watts` energy and carbon, as `pretrain.py plan` counts them."""
+    made = {run.command: learned(run) for run in runs.values()}
+    rows = [[command, made.get(command, "-"), spent] for command, spent in (seconds | {"all": seconds.total()}).items()]
+    if watts:
+        rows = [[*row, f"{row[2] * watts / 3600:.2f}", f"{1e6 * carbon(row[2] / 3600, watts):.2f}"] for row in rows]
+    power = f" Wh are seconds × {watts:g} W, and CO2eq follows by the paper's factors, PUE 1.1 and 0.385 kg/kWh." * bool(watts)
+    return [f"<p>Seconds from start to end, of a stage that was stopped their sum.{power} <span class=note>The paper: 184,320 "
+            "GPU-hours of 400 W for 7B, 31.22 tCO2eq (Table 2).</span></p>",
+            table(["python", "learned from", "seconds", *["Wh", "g CO2eq"] * bool(watts)], rows)] if seconds else []
 
 
 @dataclass(frozen=True)
 class Report:
-    """Collect the figures and pictures of every run under a folder into one page that needs no network."""
-    out: str = "out"  # the folder that holds the runs
+    """Show the whole paper on one page that needs no network: all runs of a folder, or of several, one a world."""
+    folders: tuple[str, ...] = ("out",)  # folders that hold the runs; the page is written into the first
+    watts: float = 0.0  # measured power of the machine, or TDP, as in Table 2, for the energy of each stage; 0 leaves it out
 
     BY_PRESET: ClassVar[dict[str, dict]] = {}
+    POSITIONAL: ClassVar[str] = "folders"
 
 
 def report(settings: Report) -> None:
-    """Write OUT/report.html."""
-    runs = sorted({path.parent for name in RESULTS for path in Path(settings.out).glob(f"*/{name}") if path.stat().st_size})
-    if not runs:
-        raise InputError(f"{settings.out}: there is no finished run to report on; `bash paper.sh` makes them")
-    sections = []
+    """Write FOLDER/report.html: effects, answers, model card and costs, then a section for each run."""
+    worlds, seconds = {}, []
+    for folder in settings.folders:
+        runs, spent = read_runs(folder)
+        seed = next((run.settings["world"] for run in runs.values() if run.settings.get("world") is not None), 0)
+        worlds[f"world {seed} ({folder})"] = runs
+        seconds.append(spent)
+    page = [("effects", "The paper's effects", effects_table(worlds))]
+    for i, (label, runs) in enumerate(worlds.items()):
+        world = of_world(worlds, label)
+        page += [(f"answers-{i}", f"The same prompts, answered by each model{world}", answers_tables(runs)),
+                 (f"card-{i}", f"Model card (Table 52){world}", model_card(runs)),
+                 (f"costs-{i}", f"What each stage took (Table 2){world}", costs(runs, seconds[i], settings.watts))]
     for stage, section in SECTIONS.items():
-        for run in runs:
-            config = read_config(run)
-            if config.get("stage") == stage:
-                lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-                sections += section(run, config["settings"], [json.loads(line) for line in lines])
-    page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        for i, (label, runs) in enumerate(worlds.items()):
+            for run in (run for run in runs.values() if run.stage == stage):
+                parts = [f"<p><code>python {html.escape(run.command)}</code> <span class=note>Not as in the paper: "
+                         f"{section.differs}.</span></p>", *section.body(run.path, run.settings, run.metrics)]
+                page.append((f"{i}-{run.path.name}", f"{section.title}: {run.path.name}{of_world(worlds, label)}", parts))
+    page = [(html.escape(place), html.escape(title), "".join(parts)) for place, title, parts in page if parts]
+    folders = html.escape(" ".join(settings.folders))
+    text = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<title>Llama 2, small</title><style>{STYLE}</style><h1>Llama 2, from raw text, small</h1>"
-            f"<p class=note>Made {time.strftime('%Y-%m-%d %H:%M')} by <code>python eval.py report</code>.</p>")
-    page += "\n".join(sections)
-    replace_file(Path(settings.out, "report.html"), page.encode())
-    print(f"{settings.out}/report.html")
+            "<p>The Llama 2 paper (Touvron et al., 2023), stage by stage, from raw text to PPO and a red team, in small models."
+            "<br>A tiny made-up world stands in for internet and annotators; its truth is known, so that claims can be checked."
+            f"<br>Made {time.strftime('%Y-%m-%d %H:%M')} of the runs in {folders}: <code>python eval.py report {folders}</code>"
+            "</p><nav><ul>" + "".join(f"<li><a href='#{place}'>{title}</a>" for place, title, _ in page) + "</ul></nav>"
+            + "\n".join(f"<section id='{place}'><h2>{title}</h2>{parts}</section>" for place, title, parts in page))
+    target = Path(settings.folders[0], "report.html")
+    replace_file(target, text.encode())
+    print(target)
 
 
 COMMANDS = {"tasks": (tasks, Tasks), "perplexity": (perplexity, Perplexity), "curves": (curves, Curves), "facts": (facts, Facts),

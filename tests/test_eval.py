@@ -2,17 +2,25 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import gatt
+import reward
+import rlhf
+import sft
 import toy
-from eval import by_fact, continuation_log_probs, encode_pair, interval_of_runs, know
+from eval import (SECTIONS, Effect, Judge, Report, Versions, answers_file, by_fact, command_of, continuation_log_probs, effects,
+                  encode_pair, interval_of_runs, know, minus, read_runs, report)
 from model import ModelConfig, Transformer
+from pretrain import InputError, parse
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -97,7 +105,100 @@ def test_the_main_job_runs_on_the_tiny_world_and_its_report_needs_no_network(tmp
     result = run("eval.py", "facts", out, "--against", out)
     assert result.returncode == 0 and "P(true)  +0.000  [+0.000, +0.000]" in result.stdout, result.stdout + result.stderr
     assert 0.3 < json.loads((out / "facts.json").read_text())["p_true"][0] < 0.7  # it has learnt nothing yet
-    result = run("eval.py", "report", "--out", tmp_path)
+    result = run("eval.py", "report", tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert result.returncode == 0 and "data:image/png;base64" in page and "P(true)" in page and "http" not in page
-    assert run("eval.py", "report", "--out", tmp_path / "none").returncode == 2
+    assert run("eval.py", "report", tmp_path / "none").returncode == 2
+
+
+# ---- the report of hand-made runs
+
+
+def make(folder, stage, settings, **files):
+    """A run as its stage leaves it, as far as the report reads it."""
+    folder.mkdir(parents=True)
+    config = {"stage": stage, "settings": settings, "model": {}, "threads": 1, "base": ""}
+    for name, content in {"config.json": config, **{name.replace("_", "."): content for name, content in files.items()}}.items():
+        lines = content if name.endswith("jsonl") else [content]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_world(out, p_true=(0.7, 0.6, 0.8), seed=0, data="toy"):
+    """A base model that believes the encyclopedia so far."""
+    make(out / "pretrain", "pretrain", {"preset": "toy", "world": seed, "data": [data]}, facts_json={"p_true": p_true, "right": p_true},
+         metrics_jsonl=[{"step": 1, "tokens": 1234, "loss": 1.0, "seconds": 2.0}])
+    return str(out)
+
+
+def page_of(*folders, **settings):
+    report(Report(folders, **settings))
+    return Path(folders[0], "report.html").read_text()
+
+
+@pytest.mark.parametrize("p_true, sign, verdict", [
+    ((0.7, 0.6, 0.8), 1, "as in the paper"), ((0.52, 0.48, 0.6), 1, "not seen (interval holds 0)"),
+    ((0.3, 0.2, 0.45), 1, "opposite, by 0.200"), ((0.3, 0.2, 0.45), -1, "as in the paper"), ((0.7, 0.6, 0.8), -1, "opposite, by 0.200")])
+def test_the_verdict_is_what_the_interval_says(tmp_path, p_true, sign, verdict):
+    found = Effect("x", "y", [p - 0.5 for p in p_true], "pretrain", sign).verdict()
+    assert f">{verdict}<" in f">{found}<"
+    if sign == 1:
+        row = page_of(make_world(tmp_path, p_true)).split("the web&#x27;s myth: P(true)")[1].split("</tr>")[0]
+        assert verdict in row and f"{p_true[0] - 0.5:+.3f}" in row and "href='#0-pretrain'" in row and "python pretrain.py" in row
+
+
+def test_a_version_is_compared_with_the_one_that_it_came_from_prompt_by_prompt(tmp_path):
+    runs = {"v1": ("rlhf", {"version": 1, "policy": "out/sft"}), "ppo": ("ppo", {"init": "out/v1"}), "old": ("ppo", {"init": "out/sft"})}
+    for name, (stage, settings) in runs.items():
+        make(tmp_path / name, stage, settings | {"world": 0}, metrics_jsonl=[{"step": 1}], pool_jsonl=[{}])
+    make(tmp_path / "versions", "versions", {"against": "out/sft", "runs": [f"out/{name}" for name in runs]}, versions_json={})
+    (tmp_path / "versions/answers").mkdir()
+    for name, (helpful, safe) in {"sft": (0.5, 0.5), "v1": (0.6, 0.5), "ppo": (0.6, 0.9), "old": (0.4, 1.0)}.items():
+        rows = [{"kind": "fact", "helpfulness": helpful + i / 20, "safety": 0.0} for i in range(8)]
+        rows += [{"kind": "unsafe", "helpfulness": 1.0, "safety": safe}] * 4
+        answers_file(tmp_path / "versions", f"out/{name}").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {effect.what: effect for effect in effects(read_runs(str(tmp_path))[0])}
+    wanted = {"v1, against sft: true helpfulness": 0.1, "ppo, against v1: true helpfulness": 0, "ppo, against v1: true safety": 0.4,
+              "over-optimised: old, against sft: true helpfulness": -0.1}
+    assert {what: round(effect.figure[0], 9) for what, effect in found.items()} == wanted
+    assert all(np.allclose(effect.figure, effect.figure[0]) for effect in found.values())  # paired, every difference is the same
+    assert [effect.sign for effect in found.values()].count(-1) == 1
+
+
+def test_half_widths_of_a_difference_add_in_squares():
+    assert np.allclose(minus((10, 7, 14), (5, 2, 9)), (5, 0, 10))  # 3 and 4 below, 4 and 3 above
+
+
+def test_what_a_run_was_told_is_escaped_and_every_world_is_named(tmp_path):
+    folders = make_world(tmp_path / "a", data="<script>"), make_world(tmp_path / "b<i>", (0.3, 0.2, 0.4), seed=7)
+    page = page_of(*folders)
+    assert "<script" not in page and "&lt;script&gt;" in page and "<i>" not in page
+    assert all(f"<h2>Pretraining (§2): pretrain, world {seed} (" in page for seed in (0, 7))
+    assert "as in the paper" in page and "opposite, by 0.200" in page and "id='1-pretrain'" in page and "href='#1-pretrain'" in page
+
+
+def test_a_stage_that_was_stopped_costs_the_sum_of_its_lines_and_power_gives_energy_and_carbon(tmp_path):
+    folder = make_world(tmp_path)
+    lines = [{"command": "pretrain.py --world 0", "rc": rc, "seconds": seconds} for rc, seconds in ((130, 16), (0, 20))]
+    (tmp_path / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = "<td>pretrain.py --world 0</td><td>1,234 tokens</td><td>36</td>"
+    assert f"{row}</tr>" in page_of(folder)
+    assert f"{row}<td>1.00</td><td>0.42</td></tr>" in page_of(folder, watts=100.0)  # 36 s × 100 W = 1 Wh; × 1.1 × 0.385 g
+
+
+@pytest.mark.parametrize("stage, cls, flags", [
+    ("sft", sft.Settings, "--lr 1e-3 --no-isolate --data toy/dialogs a.jsonl:2 --out out/x --steps 7"),
+    ("reward", reward.Settings, "--kind safety --safety_aux 0.5 --data a.jsonl --rest b.jsonl c.jsonl"),
+    ("ppo", rlhf.Ppo, "--init out/v --no-whiten --kl_coef 0"), ("gatt-test", gatt.Test, "out/a out/b --turns 1 20"),
+    ("judge", Judge, "--a out/x --judge truth --both_orders"), ("versions", Versions, "out/a out/b --against out/c")])
+def test_the_command_of_a_run_gives_its_settings_again(stage, cls, flags):
+    preset = ["--preset", "toy"] * ("preset" in cls.__dataclass_fields__)
+    told = parse(cls, shlex.split(flags) + preset)
+    command = command_of(stage, json.loads(json.dumps(asdict(told))))
+    assert command.startswith(SECTIONS[stage].command)
+    assert parse(cls, shlex.split(command.removeprefix(SECTIONS[stage].command)) + preset) == told
+
+
+def test_a_folder_without_a_finished_run_is_one_sentence(tmp_path):
+    make(tmp_path / "reward", "reward", {"world": 0}, metrics_jsonl=[{"step": 1}])  # no accuracy yet
+    with pytest.raises(InputError, match="there is no finished run to report on; `bash paper.sh` makes them"):
+        page_of(str(tmp_path))

@@ -318,7 +318,7 @@ def test_the_toy_run_its_test_and_its_map_end_in_the_report(tmp_path, chat):
     assert found["all"]["2"][0] == np.mean([row["obeys"][1] for row in rows[:12]])
     result = launch("attention", tmp_path / "gatt", "--before", chat, "--turns", "3")
     assert result.returncode == 0 and (tmp_path / "gatt" / "attention.png").exists(), result.stderr[-3000:]
-    report(Report(str(tmp_path)))
+    report(Report((str(tmp_path),)))
     page = (tmp_path / "report.html").read_text()
     assert "Ghost Attention" in page and "Table 30" in page and page.count("<img") >= 2
     assert "{:.2f} [{:.2f}, {:.2f}]".format(*found["all"]["4"]) in page

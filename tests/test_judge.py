@@ -353,7 +353,7 @@ def test_a_person_judges_with_the_papers_seven_labels_and_other_models_and_promp
     lines = [json.loads(line) for line in (tmp_path / "o/verdicts-0.jsonl").read_text().splitlines()]
     assert [line["said"] for line in lines] == ["A is much better", "about the same"]
     assert lines[0]["verdict"] == (-1 if lines[0]["order"] else 1) and lines[1]["verdict"] == 0
-    report(Report(out=str(tmp_path)))
+    report(Report((str(tmp_path),)))
     page = (tmp_path / "report.html").read_text()
     assert "judged by person" in page and "win rate" in page
 
@@ -417,7 +417,7 @@ def test_safety_diversity_and_corpus_run_and_stand_in_the_report(tmp_path, model
     points = json.loads((tmp_path / "div/results.json").read_text())[str(models / "a")]
     assert all(cold[1] > 0.8 and hot[1] < 0.2 for cold, hot in points.values())  # nearly greedy samples are nearly the same
     assert "stand-in" in run("corpus", "toy/web", "--documents", "300", "--out", tmp_path / "corpus")
-    report(Report(out=str(tmp_path)))
+    report(Report((str(tmp_path),)))
     page = (tmp_path / "report.html").read_text()
     assert all(part in page for part in ("attack: logic", "Red team", "Self-BLEU", "Table 9", "stand-in")) and "http" not in page
 
@@ -591,7 +591,7 @@ def test_contamination_finds_a_text_of_the_training_shards_and_is_in_the_report(
     assert f"{len(ids)} training tokens searched" in printed and "of memory at most" in printed
     subsets = json.loads((tmp_path / "out/c/results.json").read_text())["tables"]["20"]["subsets"]
     assert subsets["dirty"]["n"] == 3 and subsets["dirty"]["mean"] == 1 and subsets["clean"]["share"] == 0
-    report(Report(out=str(tmp_path / "out")))
+    report(Report((str(tmp_path / "out"),)))
     assert "L 50, not dirty" in (tmp_path / "out/report.html").read_text()
     for second, sentence in (({"question": "x"}, 'bad.jsonl, line 2: needs a "prompt"'), ({"prompt": "x"}, "to all or to none"),
                              ({"tokens": []}, 'line 2: "tokens" must be a list of ids'), ({"tokens": [1, "a"]}, "must be a list")):

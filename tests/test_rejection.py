@@ -236,6 +236,7 @@ def test_versions_are_compared_prompt_by_prompt_and_a_model_never_beats_itself(m
     truth = {name: [toy.helpfulness(world, prompt, row["answer"]) for prompt, row in zip(toy.prompts(world, 30, 0, "test"), rows)]
              for name, rows in answers.items()}
     assert np.isclose(found["other"]["gain"][0], np.mean(truth["other"]) - np.mean(truth["sft"]))
+    assert all([row["helpfulness"] for row in rows[:30]] == truth[name] for name, rows in answers.items())
     assert found["sft"]["gain"] == [0, 0, 0] and found["sft"]["wins, helpfulness"]["truth"][3] == 30  # ties
     assert found["other"]["wins, harmlessness"]["reward models"] == found["other"]["wins, harmlessness"]["general reward model"]
     history = [json.loads(line) for line in (models / "versions" / "history.jsonl").read_text().splitlines()]

@@ -364,7 +364,7 @@ def test_the_safety_loss_gives_scores_their_zero_and_eval_finds_what_training_fo
     for run, wanted in zip(("0", "1"), measured):  # the plain model of the checkpoint measures what the sharded one did
         assert again[f"{tmp_path / run} on safety"]["accuracy"]["all"] == wanted["accuracy"]["all"]
     assert {"scores.png", "calibration.png", "scaling.png"} <= {path.name for path in (tmp_path / "eval").iterdir()}
-    report(Report(str(tmp_path)))
+    report(Report((str(tmp_path),)))
     page = (tmp_path / "report.html").read_text()
     for measures in (*measured, *(again[f"{tmp_path / '0'} on {test}"] for test in ("helpfulness", "safety"))):
         assert f"{100 * measures['accuracy']['all'][1]:.1f} [" in page.replace(" % [", " [")  # as the tables and the text say it

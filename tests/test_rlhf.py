@@ -523,7 +523,7 @@ def test_one_and_two_ranks_make_the_same_run_and_the_report_shows_it(tmp_path, f
     assert f"of iteration {kept}," in result.stdout
     moved = any(not torch.equal(a, b) for a, b in zip(best.parameters(), load_model(folders / "chat")[0].parameters()))
     assert moved == (kept > 1)  # in the first iteration the critic learned alone
-    report(Report(str(tmp_path)))
+    report(Report((str(tmp_path),)))
     page = (tmp_path / "report.html").read_text()
     assert "PPO" in page and f"{rewards[0]:.3f}" in page and page.count("<img") == 2
 

@@ -201,7 +201,7 @@ def test_models_stand_side_by_side_with_the_scores_of_both_reward_models_and_in_
         assert (out / f"{name}.png").stat().st_size > 5000
     if not (models / "out/distill").exists():
         launch(models, "rlhf.py", *RUN, "--out", "out/distill")
-    report(Report(out=str(models / "out")))
+    report(Report((str(models / "out"),)))
     page = (models / "out/report.html").read_text()
     assert all(part in page for part in ("Side by side", "Figure 16a", "with the gate", "new topics, attacked: off-topic, %"))
 

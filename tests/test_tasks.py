@@ -337,7 +337,7 @@ def test_tasks_scores_keeps_every_prompt_and_scores_nothing_twice(folder, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "out" / "piqa.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [f"Question: {row['goal']}\nAnswer:" for row in GOLDEN["piqa"]["rows"]]
     assert results["piqa"]["figures"]["acc"][0] == pytest.approx(np.mean([row["acc"] for row in rows])) and results["toy"]["questions"] == 3
-    assert command("report", "--out", tmp_path) == 0 and "Q: Sam" not in (page := (tmp_path / "report.html").read_text())
+    assert command("report", tmp_path) == 0 and "Q: Sam" not in (page := (tmp_path / "report.html").read_text())
     assert "commonsense (2 of 8 tasks)" in page and "Llama 2 7B" in page
     parts = sorted((tmp_path / "out" / "parts").glob("piqa-*"))
     assert len(parts) == 3
@@ -415,4 +415,4 @@ def test_curves_of_two_runs_are_one_picture_and_it_is_in_the_report(model, tmp_p
     ends = json.loads((tmp_path / "losses" / "losses.json").read_text())
     assert ends[str(tmp_path / "small")]["loss"] == pytest.approx(6 - math.log(20)) and ends[str(tmp_path / "large")]["tokens"] == 20000
     assert (tmp_path / "losses" / "losses.png").read_bytes()[1:4] == b"PNG"
-    assert command("report", "--out", tmp_path) == 0 and "data:image/png" in (tmp_path / "report.html").read_text()
+    assert command("report", tmp_path) == 0 and "data:image/png" in (tmp_path / "report.html").read_text()
