@@ -54,15 +54,15 @@ from tqdm import tqdm
 
 import toy
 from model import IGNORE, ModelConfig, Transformer, count_parameters, generate, load_weights, read_any
-from pretrain import (COLOURS, FREE, InputError, Ranks, carbon, checkpoints, command_line, cores, file_fingerprint, interval,
-                      load_model, locked, log_scale, open_run, parent_of, read_config, read_documents, read_lines, replace_file,
-                      start, text_sources, tiny_world, training_curve, world_of)
+from pretrain import (COLOURS, FREE, InputError, Ranks, carbon, checkpoints, claim, command_line, cores, file_fingerprint,
+                      interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents, read_lines,
+                      replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world, training_curve, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
-                    in_parts, load_speakers, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
+                    in_parts, is_number, load_speakers, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
 from reward import picture as axes_of
 from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl
-from sft import read_rows, toy_messages
-from tokenizer import Tokenizer
+from sft import are_ids, read_rows, toy_messages
+from tokenizer import Tokenizer, TokenizerError, parse_json
 
 # ---------------------------------------------------------------------------------------------- likelihoods
 
@@ -118,9 +118,21 @@ class Item(NamedTuple):
     opening: str = ""  # what stands before the examples; questions with another opening have examples of their own
 
 
+def texts_of(value: object) -> list[str]:
+    """A list of texts as it is; TypeError for anything else, such as one text, which Python would take letter by letter."""
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"{value!r:.40} is no list of texts")
+    return value
+
+
+def which(label: object) -> int:
+    """The number of the right choice; ValueError if a label is none."""
+    return int(label) if isinstance(label, bool) else int(str(label))  # not 1.7
+
+
 def choose(prompt: str, texts: list[str], right: list[int], opening: str = "") -> Item:
     """A multiple choice: each text may follow the prompt, after a space."""
-    if not right or not all(0 <= i < len(texts) for i in right):
+    if len(texts_of(texts)) < 2 or not right or not all(0 <= i < len(texts) for i in right):
         raise ValueError(f"the right choices are {right} of {len(texts)}")
     pairs = tuple((prompt, " " + text) for text in texts)
     return Item("".join(pairs[right[0]]) + "\n\n", pairs=pairs, right=tuple(right), opening=opening)
@@ -128,7 +140,9 @@ def choose(prompt: str, texts: list[str], right: list[int], opening: str = "") -
 
 def lettered(question: str, texts: list[str], right: int, opening: str = "") -> Item:
     """A multiple choice whose choices are listed, so that only a letter follows."""
-    letters = "ABCDE"[: len(texts)]
+    letters = "ABCDE"[: len(texts_of(texts))]
+    if len(letters) < len(texts):
+        raise ValueError(f"{len(texts)} choices are more than five")
     listed = "".join(f"{letter}. {text}\n" for letter, text in zip(letters, texts))
     return choose(f"{question.strip()}\n{listed}Answer:", list(letters), [right], opening)
 
@@ -140,26 +154,28 @@ def stem_and_choices(row: dict) -> tuple[str, list[str], int]:
     choices = row["choices"] if "choices" in row else question["choices"]
     if isinstance(choices, list):
         choices = {key: [choice[key] for choice in choices] for key in ("text", "label")}
+    if len(choices["text"]) != len(texts_of(choices["label"])):
+        raise ValueError("there are not as many labels as choices")
     return stem, choices["text"], choices["label"].index(row["answerKey"].strip())
 
 
 def hellaswag(row: dict) -> Item:
     """{"activity_label", "ctx_a", "ctx_b", "endings", "label"}, or cleaned {"query", "choices", "gold"}"""
     if "query" in row:
-        return choose(row["query"], row["choices"], [row["gold"]])
+        return choose(row["query"], row["choices"], [which(row["gold"])])
     clean = lambda text: re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")  # noqa: E731  WikiHow's
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return choose(clean(context), [clean(ending) for ending in row["endings"]], [int(row["label"])])
+    return choose(clean(context), [clean(ending) for ending in row["endings"]], [which(row["label"])])
 
 
 def piqa(row: dict) -> Item:
     """{"goal", "sol1", "sol2", "label"}, the label here or in FILE-labels.lst"""
-    return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], [int(row["label"])])
+    return choose(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], [which(row["label"])])
 
 
 def siqa(row: dict) -> Item:
     """{"context", "question", "answerA", "answerB", "answerC", "label"}, the label (1 … 3) here or in FILE-labels.lst"""
-    return choose(f"Q: {row['context']} {row['question']}\nA:", [row[f"answer{x}"] for x in "ABC"], [int(row["label"]) - 1])
+    return choose(f"Q: {row['context']} {row['question']}\nA:", [row[f"answer{x}"] for x in "ABC"], [which(row["label"]) - 1])
 
 
 def winogrande(row: dict) -> Item:
@@ -191,14 +207,14 @@ def commonsenseqa(row: dict) -> Item:
 def boolq(row: dict) -> Item:
     """{"passage", "question", "answer": true or false}; SuperGLUE calls the answer "label\""""
     answer = row["answer"] if "answer" in row else row["label"]
-    return choose(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], [int(answer)])
+    return choose(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], [which(answer)])
 
 
 def mmlu(row: dict) -> Item:
     """a .csv SUBJECT_test.csv of question, A, B, C, D, letter; or {"question", "subject", "choices", "answer": 0 … 3}"""
     opening = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}.\n\n"
     if "choices" in row:
-        return lettered(row["question"], row["choices"], int(row["answer"]), opening)
+        return lettered(row["question"], row["choices"], which(row["answer"]), opening)
     return lettered(row["question"], [row[letter] for letter in "ABCD"], "ABCD".index(row["answer"]), opening)
 
 
@@ -230,7 +246,11 @@ def truthfulqa(row: dict, key: str) -> Item:
         sentences = lambda texts: [text.strip().rstrip(".") + "." for text in texts if text.strip()]  # noqa: E731
         labels = {text: 1 for text in sentences(right)} | {text: 0 for text in sentences(row["Incorrect Answers"].split(";"))}
     else:
-        labels = row[key] if "labels" not in row[key] else dict(zip(row[key]["choices"], row[key]["labels"]))
+        labels = row[key]
+        if "labels" in labels:
+            labels = dict(zip(texts_of(labels["choices"]), labels["labels"], strict=True))
+    if not set(labels.values()) <= {0, 1}:
+        raise ValueError("the labels are not 0 and 1")
     question = row["question"] if "question" in row else row["Question"]
     return choose(f"Q: {question}\nA:", list(labels), [i for i, label in enumerate(labels.values()) if label], QA_PRIMER)
 
@@ -253,6 +273,8 @@ def world_facts(row: dict) -> Item:
 def gsm8k(row: dict) -> Item:
     """{"question", "answer": "... #### 42"}; the notes <<...>> for a calculator are left out (our choice)"""
     reasons, answer = row["answer"].split("####")
+    if not last_number(answer):
+        raise ValueError("no number stands behind ####")
     prompt = f"Question: {row['question']}\nAnswer:"
     return Item(f"{prompt} {re.sub('<<.*?>>', '', reasons)}#### {answer.strip()}\n\n", prompt, (answer,))
 
@@ -260,20 +282,19 @@ def gsm8k(row: dict) -> Item:
 def closed_book(question: str, answers: list[str]) -> Item:
     """A closed-book question in the words of LLaMA 1 (its Figure 3)."""
     prompt = f"Q: {question}\nA:"
-    return Item(f"{prompt} {answers[0]}\n", prompt, tuple(answers), opening="Answer these questions:\n")
+    return Item(f"{prompt} {texts_of(answers)[0]}\n", prompt, tuple(answers), opening="Answer these questions:\n")
 
 
 def triviaqa(row: dict) -> Item:
     """{"Data": [{"Question", "Answer": {"Value", "Aliases"}}]}; or of each row {"question", "answer": {"value", "aliases"}}"""
     row = {key.lower(): value for key, value in row.items()}
     answer = {key.lower(): value for key, value in row["answer"].items()}
-    return closed_book(row["question"], [answer["value"], *answer["aliases"]])
+    aliases = answer["aliases"] if answer["aliases"] == [] else texts_of(answer["aliases"])
+    return closed_book(row["question"], [answer["value"], *aliases])
 
 
 def naturalquestions(row: dict) -> Item:
     """NQ-open: {"question", "answer": [accepted, ...]}"""
-    if not isinstance(row["answer"], list):
-        raise TypeError("answer is no list")
     return closed_book(row["question"], row["answer"])
 
 
@@ -285,10 +306,10 @@ def humaneval(row: dict) -> Item:
 
 def mbpp(row: dict) -> Item:
     """{"text" or "prompt", "code", "test_list"}; the test set is task_id 11 … 510, the paper's three examples 2, 3, 4"""
-    tests = "\n".join(row["test_list"])
+    tests = "\n".join(texts_of(row["test_list"]))
     prompt = (f"You are an expert Python programmer, and here is your task: {row.get('text') or row['prompt']} "
               f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n")  # Austin et al. (2021)
-    before = "\n".join(row.get("test_imports", [row.get("test_setup_code", "")]))
+    before = "\n".join(texts_of(row.get("test_imports") or [row.get("test_setup_code", "")]))
     return Item(f"{prompt}{row['code']}\n[DONE]\n\n", prompt, program=("", f"\n{before}\n{tests}"))
 
 
@@ -356,9 +377,12 @@ def task_rows(file: str, columns: tuple[str, ...] | None) -> Iterator[tuple[str,
     """
     path = Path(file.removesuffix(".gz"))
     if path.suffix == ".csv":
-        rows = csv.DictReader((line for _, line in read_lines(file)), columns)
+        rows = csv.DictReader((line for _, line in read_lines(file)), columns, restkey=REST, strict=True)
         subject = re.sub(r"_(test|dev|val)$", "", path.stem)
-        yield from ((f"{file}, line {rows.line_num}", row | {"subject": subject}) for row in rows)
+        try:
+            yield from ((f"{file}, line {rows.line_num}", row | {"subject": subject}) for row in rows)
+        except csv.Error as error:
+            raise InputError(f"{file}, line {rows.line_num + 1}: is no CSV ({error}); mend that line") from None
     elif path.suffix in (".json", ".jsonl"):
         labels = path.with_name(f"{path.stem}-labels.lst")
         rows = list(data_rows(file) if path.suffix == ".json" else ()) or read_rows(file)
@@ -376,10 +400,27 @@ def task_rows(file: str, columns: tuple[str, ...] | None) -> Iterator[tuple[str,
 def data_rows(file: str) -> Iterator[tuple[str, object]]:
     """The rows of an object {"Data": [...]}, TriviaQA's form; nothing if the file is none."""
     try:
-        data = json.loads("".join(line for _, line in read_lines(file)))["Data"]
-    except (ValueError, KeyError, TypeError):
+        data = parse_json("".join(line for _, line in read_lines(file)))["Data"]
+    except (LookupError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         return
     yield from ((f"{file}, row {number}", row) for number, row in enumerate(data, 1))
+
+
+REST = "the rest of the line"  # columns of a .csv that have no name
+TEXTS = set(  # what must be text wherever a benchmark has it; AI2's "question" is an object with the text in it
+    "query activity_label ctx_a ctx_b goal sol1 sol2 context answerA answerB answerC sentence option1 option2 passage subject "
+    "A B C D stem question_stem question Question prompt entry_point canonical_solution test text code".split()) | {REST}
+
+
+def check_texts(row: object) -> None:
+    """Raise TypeError if a row has something else where a benchmark has text: Python would write it out as if it were one."""
+    for key, value in row.items():
+        if key == "question" and isinstance(value, dict) and "stem" in value:
+            check_texts(value)
+        elif key in TEXTS and not isinstance(value, str):
+            raise TypeError(f"{key} is {value!r:.40}, no text")
 
 
 def read_items(name: str, pattern: str) -> list[Item]:
@@ -392,8 +433,9 @@ def read_items(name: str, pattern: str) -> list[Item]:
     for file in files:
         for place, row in task_rows(file, ("question", *"ABCD", "answer") if name == "mmlu" else None):
             try:
+                check_texts(row)
                 items.append(read(row))
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
                 why = f"is no row of {name} ({type(error).__name__} {error})"
                 raise InputError(f"{place}: {row if isinstance(row, InputError) else why}; expected {read.__doc__}") from None
     if not items:
@@ -637,6 +679,8 @@ PER_CALL = dict(task=(), examples=(), shots=None, limit=None, show=0, samples=1,
 def named_files(specs: tuple[str, ...], flag: str) -> dict[str, str]:
     """NAME=FILE ... → {name: file}; InputError for an unknown name."""
     found = dict(spec.partition("=")[::2] for spec in specs)
+    if len(found) < len(specs):
+        raise InputError(f"{flag} {' '.join(specs)}: a NAME stands there twice; join its files in one folder or glob")
     for name, file in found.items():
         if name not in TASKS or not file and name != "toy":
             raise InputError(f"{flag} {name}: write NAME=FILE, NAME one of {', '.join(TASKS)}")
@@ -803,11 +847,11 @@ def curves(settings: Curves) -> None:
     for run in settings.runs:
         if not Path(run, "metrics.jsonl").exists():
             raise InputError(f"{run}: there is no metrics.jsonl; name the folder of a run")
+    claim(out, "losses")
     out.mkdir(parents=True, exist_ok=True)
     with axes_of(out / "losses.png", "Training loss (Figure 5)", "tokens (millions)", "loss (nats per token)") as axes:
         for run, colour in zip(settings.runs, cycle(COLOURS)):
-            metrics = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-            parameters = count_parameters(ModelConfig(**read_config(run)["model"]))
+            metrics, parameters = read_jsonl(Path(run, "metrics.jsonl")), count_parameters(shape_of(run))
             *_, tokens, losses = training_curve(metrics)
             axes.plot(tokens, losses, lw=1.2, color=colour, label=f"{run}, {parameters / 1e6:.1f}M")
             ends[run] = {"parameters": parameters, "tokens": metrics[-1]["tokens"], "loss": losses[-1]}
@@ -870,8 +914,8 @@ def facts(settings: Facts) -> None:
     print(f"{'run':28} {'P(true) of {true, myth}':26} {'greedy, facts with a myth':26} greedy, others")
     found: dict[str, list[dict]] = {}
     for run in settings.runs + settings.against:
-        model, tokenizer, config = load_model(run)
-        found[run] = rows = know(model, tokenizer, toy.World(config["settings"]["world"]))
+        model, tokenizer, _ = load_model(run)
+        found[run] = rows = know(model, tokenizer, tiny_world(world_of(run)))
         others = np.mean([row["right"] for row in rows if row["p_true"] is None])
         figures = {key: interval(by_fact(rows, key)) for key in ("p_true", "right")}
         replace_file(Path(run, "facts.json"), json.dumps(figures | {"others": others}).encode())
@@ -924,6 +968,7 @@ JUDGES = (("truth", "helpfulness", "safety"), ("reward models", "R_h", "R_s"), (
 
 def versions(settings: Versions) -> None:
     """Write OUT/versions.json, history.jsonl and pictures; print win rates, true scores, and gains and losses by kind."""
+    claim(settings.out, "versions")
     ranks = start(settings)
     world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
     harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
@@ -958,7 +1003,7 @@ def versions(settings: Versions) -> None:
         replace_file(out / "versions.json", json.dumps({"runs": found, "pooled": pooled}).encode())
         history = []
         for run, figures in found.items():
-            made = read_config(run)
+            made = run_config(run)
             history.append({"run": run, "stage": made["stage"]} | {k: made["settings"].get(k) for k in TOLD} | figures)
         replace_file(out / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
         print_versions(found, pooled, len(harmless), len(unsafe))
@@ -1177,7 +1222,7 @@ def judge_by_truth(world: toy.World, axis: str) -> Callable[[Question], tuple[fl
 def judge_by_reward(run: str, asked: list[Question], answered_by: list[str], device: torch.device) -> Callable:
     """A reward model: the higher raw score wins. Sampled ids are scored as they are if all three models share a tokenizer."""
     model, tokenizer, _ = load_model(run, RewardModel)
-    same = all(Path(file).read_bytes() == Path(tokenizer.path).read_bytes() for file in answered_by)
+    same = all(file_fingerprint(file) == file_fingerprint(tokenizer.path) for file in answered_by)
     rows = []
     for question in asked:
         messages = question.prompt["messages"]
@@ -1373,6 +1418,8 @@ def judge(settings: Judge) -> None:
     by_url = settings.judge.startswith(("http://", "https://"))
     if not by_url and settings.judge not in ("reward", "truth", "person"):
         raise InputError(f"--judge {settings.judge} is unknown; take reward, truth, person, or a URL that begins with http")
+    if by_url and ("@" in settings.judge or "?" in settings.judge):  # it is stored, and printed
+        raise InputError("--judge: leave user, password and query out of the URL; the key is read from OPENAI_API_KEY")
     if by_url and not settings.judge_model:
         raise InputError("--judge_model is missing: the name of the model at the URL")
     if settings.axis not in ("helpfulness", "safety"):
@@ -1597,8 +1644,8 @@ def safety(settings: Safety) -> None:
             answers = in_parts(out, f"answers-{i}", len(prompts), settings.batch_size, draw, ranks, settings.resume)
             if ranks.rank == 0:
                 found[run] = measure_safety(world, prompts, [answer["text"] for answer in answers])
-                config = read_config(run)
-                found[run]["share"] = config["settings"]["safety"] if config.get("stage") == "sft" else None
+                config = run_config(run)
+                found[run]["share"] = config["settings"]["safety"] if config["stage"] == "sft" else None
                 if settings.rewards:
                     scores[run] = {name: np.array([answer[name] for prompt, answer in zip(prompts, answers)
                                                    if prompt["part"] == part])
@@ -1738,8 +1785,6 @@ def diversity(settings: Diversity) -> None:
     """Print Self-BLEU in percent by version, kind of prompt and temperature, and draw Figure 21."""
     if settings.samples < 2:
         raise InputError("--samples must be 2 at least: texts are compared with each other")
-    if not all(re.fullmatch(r"\d+\.?\d*|\.\d+", temperature) for temperature in settings.temperatures):
-        raise InputError(f"--temperatures {' '.join(settings.temperatures)}: take numbers such as 0.7")
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.runs[0]))
     out, world, found = Path(settings.out), tiny_world(settings.world), {}
@@ -1844,6 +1889,7 @@ def corpus_figures(documents: Iterable[str]) -> dict:
 
 def corpus(settings: Corpus) -> None:
     """Print pronouns, identity terms and toxic words of every source, beside Table 9."""
+    claim(settings.out, "corpus")
     found = {source.name: corpus_figures(islice(source.documents(), settings.documents)) for source in text_sources(settings)}
     print(f"{'% of documents':22} {'paper':>7}" + "".join(f"{name[:14]:>15}" for name in found))
     for name, paper in TABLE_9.items():
@@ -1935,10 +1981,10 @@ def longest_matches(samples: Samples, shards: Iterable[Path], chunk: int = 2**22
     longest = np.zeros(len(samples.tokens), np.int64)
     overlap = int(samples.left.max()) - 1  # no match is longer than a sample
     for file in shards if len(samples.hashes) else ():
-        dtype = np.dtype(np.uint16 if file.suffix == ".u16" else np.uint32)
-        for first in range(0, file.stat().st_size // dtype.itemsize, chunk):
+        shard = shard_tokens(file)
+        for first in range(0, len(shard), chunk):
             start = max(0, first - 1)  # the token before is looked at too
-            tokens = np.fromfile(file, dtype, first + chunk + overlap - start, offset=start * dtype.itemsize).astype(np.int64)
+            tokens = shard[start : first + chunk + overlap].astype(np.int64)
             hashes = fingerprints(tokens)[first - start :][:chunk]
             low = np.searchsorted(samples.hashes, hashes)
             hit = np.flatnonzero(samples.hashes[np.minimum(low, len(samples.hashes) - 1)] == hashes)
@@ -1992,18 +2038,23 @@ def read_samples(settings: Contamination) -> tuple[list[np.ndarray], np.ndarray 
     """The ids of the test samples, and their scores if they have any. A prompt that is a list of texts is read as its lines."""
     samples, scores, tokenizer = [], [], cache(lambda: Tokenizer(settings.tokenizer))
     for place, row in read_rows(settings.test):
+        if isinstance(row, InputError):
+            raise InputError(f"{place}: {row}; mend or drop that line")
         tokens = row.get("tokens") if isinstance(row, dict) else None
         if tokens is None:
             text = row.get("prompt") if isinstance(row, dict) else None
             text = "\n".join(map(str, text)) if isinstance(text, list) else text
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f'{place}: needs a "prompt", the whole text that a model is asked, or its "tokens"')
-            tokens = tokenizer().encode(text, bos=False, eos=False)
-        if not isinstance(tokens, list) or not tokens or not all(isinstance(token, int) and token >= 0 for token in tokens):
+            try:
+                tokens = tokenizer().encode(text, bos=False, eos=False)
+            except TokenizerError as error:
+                raise InputError(f"{place}: {error}") from None
+        if not are_ids(tokens):
             raise InputError(f'{place}: "tokens" must be a list of ids, not empty')
         samples.append(np.array(tokens, np.int64))
         scores.append(row.get(settings.metric))
-    if any(score is not None for score in scores) and not all(isinstance(score, (int, float)) for score in scores):
+    if any(score is not None for score in scores) and not all(map(is_number, scores)):
         raise InputError(f'{settings.test}: some samples have a number "{settings.metric}" and some have not; give it to all or '
                          "to none, or name another --metric")
     return samples, np.array(scores, float) if scores and scores[0] is not None else None
@@ -2011,6 +2062,7 @@ def read_samples(settings: Contamination) -> tuple[list[np.ndarray], np.ndarray 
 
 def contamination(settings: Contamination) -> None:
     """Search the shards for the test samples, and print Table 51 for every L."""
+    claim(settings.out, "contamination")
     files = [Path(file) for pattern in settings.train for file in sorted(glob.glob(pattern))]
     if not files or any(file.suffix not in (".u16", ".u32") for file in files):
         raise InputError(f"--train {' '.join(settings.train)}: name token shards, .u16 or .u32; `python pretrain.py` leaves them "

@@ -46,7 +46,7 @@ from pretrain import (COLOURS, InputError, command_line, cpu_group, interval, lo
                       replace_file, sources, spool_stdin, start, tiny_world, world_of)
 from reward import RewardModel, Speaker, in_parts, load_speakers, picture, score_rows, whiskers
 from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
-from tokenizer import Tokenizer, dialog_turns
+from tokenizer import Tokenizer, dialog_turns, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -111,11 +111,11 @@ def ask_for_lists(speaker: Speaker) -> list[dict]:
 def read_constraints(file: str) -> list[dict]:
     """Constraints [{"kind", "texts", "terse"}] of a .json file; InputError if it holds others."""
     try:
-        found = json.loads(Path(file).read_text())
-        is_sound = bool(found) and all(isinstance(text, str) for c in found for text in (c["kind"], c["terse"], *c["texts"]))
+        found = [{key: row[key] for key in ("kind", "texts", "terse")} for row in parse_json(Path(file).read_text("utf-8-sig"))]
     except (OSError, ValueError, TypeError, KeyError):
-        is_sound = False
-    if not is_sound or not all(c["texts"] for c in found):
+        found = []
+    if not found or not all(isinstance(c["texts"], list) and c["texts"] and all(
+            isinstance(text, str) for text in (c["kind"], c["terse"], *c["texts"])) for c in found):
         raise InputError(f'--constraints {file}: is no .json list of {{"kind": text, "texts": [text, ...], "terse": text}}; '
                          "mend it, or take toy or ask")
     return found

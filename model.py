@@ -55,6 +55,10 @@ class ModelConfig:
     def __post_init__(self):
         if min(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.ffn_hidden, self.vocab_size) < 1:
             raise ModelError(f"every size of a model must be at least 1: {self}")
+        if not 0 < self.norm_eps < 1 or not self.rope_theta > 1:
+            raise ModelError(f"norm_eps {self.norm_eps} must lie between 0 and 1, and rope_theta {self.rope_theta} above 1")
+        if self.n_layers > 1000:  # such a model can't even be laid out in reasonable time
+            raise ModelError(f"n_layers is {self.n_layers}, more than any Llama has")
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
             raise ModelError(f"dim {self.dim} must be an even multiple of n_heads {self.n_heads}, "
                              f"and n_heads a multiple of n_kv_heads {self.n_kv_heads}")
@@ -350,7 +354,7 @@ def uniforms(seed: int, rows: Tensor, samples: Tensor, steps: int) -> Tensor:
         x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
         return x ^ (x >> 31 & (1 << 33) - 1)
 
-    key = mix(torch.full_like(rows, seed))
+    key = mix(torch.full_like(rows, seed & (1 << 63) - 1))
     key = mix(mix(key ^ rows) ^ samples)  # (rows,)
     bits = mix(key[:, None] ^ torch.arange(steps, device=rows.device))  # (rows, steps)
     return (bits >> 11 & (1 << 53) - 1).double() * 2.0**-53
@@ -369,6 +373,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
         probs = torch.softmax(logits / temperature, dim=-1)  # (batch, vocab)
         mass = (nucleus(probs, top_p) if top_p < 1 else probs).cumsum(-1, dtype=torch.double)  # (batch, vocab)
         tokens = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (batch, 1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of NaN it would be one more
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
@@ -408,8 +413,9 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     pretrain.py), or all ranks must draw equally many tokens.
     """
     check_prompts(prompts, model.config)
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ModelError(f"temperature {temperature} must not be below 0, and top_p {top_p} must be above 0 and at most 1")
+    if not (temperature == 0 or temperature >= 1e-6) or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ModelError(f"temperature {temperature} must be 0 or at least 1e-6, top_p {top_p} above 0 and at most 1, and "
+                         f"max_new_tokens {max_new_tokens} at least 1")
     rows = range(len(prompts)) if rows is None else rows
     sharded = hasattr(model, "reshard")  # by FSDP: what it gathers in inference mode can't be trained on
     results: list = [None] * (len(prompts) * n_samples)
@@ -469,6 +475,8 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
             result = results[alive[j]]
             if len(result.tokens) == room[alive[j]] or (result.tokens and result.tokens[-1] in stop):
                 continue  # finished, and not yet out of the batch
+            if math.isnan(log_prob):
+                raise ModelError("the model computes no numbers any more; its weights are damaged, or too large for their type")
             result.tokens.append(token)
             result.log_probs.append(log_prob)
             if on_token:
@@ -520,13 +528,18 @@ def swap_rope_layout(weight: Tensor, head_dim: int, to_hf: bool) -> Tensor:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a folder of weights; ModelError if it is missing or none."""
+    """A JSON object from a folder of weights; ModelError if it is missing, none, or says something twice."""
+    def once(pairs: list[tuple]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return found
+
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: can't be read as JSON ({error})") from None
+        found = json.loads(path.read_bytes(), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: can't be read as JSON ({error}); fetch it again") from None
     if not isinstance(found, dict):
-        raise ModelError(f"{path}: holds no JSON object")
+        raise ModelError(f"{path}: holds no JSON object; fetch it again")
     return found
 
 
@@ -561,8 +574,9 @@ def open_weights(file: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(w, Tensor) and isinstance(name, str) for name, w in found.items()):
         raise ModelError(f"{file}: holds other things than tensors by name; save the model's state_dict alone")
     for name, weight in found.items():
-        if weight.dtype not in DTYPES.values():
-            raise ModelError(f"{file}: {name} is stored as {weight.dtype}; fetch the model unquantised, in fp32, bf16 or fp16")
+        if weight.dtype not in DTYPES.values() or weight.layout != torch.strided or weight.is_meta:
+            raise ModelError(f"{file}: {name} is stored as {weight.dtype}, {weight.layout} on {weight.device}; fetch the model "
+                             "unquantised, in fp32, bf16 or fp16")
     return {name: weight.detach() for name, weight in found.items() if not name.endswith(("rope.freqs", "rotary_emb.inv_freq"))}
 
 
@@ -594,7 +608,10 @@ def whole_weights(folder: Path, config: ModelConfig, shards: list[dict[str, Tens
 
     def weight_of(name: str, shape: tuple) -> Tensor:
         parts = [shard[name_in(name)] for shard in shards]
-        return parts[0] if cut[name] is None else torch.cat(parts, cut[name])
+        whole = parts[0] if cut[name] is None else torch.cat(parts, cut[name])
+        if not whole.isfinite().all():
+            raise ModelError(f"{folder}: {name_in(name)} holds numbers that are not finite; fetch the weights again")
+        return whole
 
     return weight_of
 
@@ -617,6 +634,9 @@ def meta_weights(folder: str | Path, max_seq_len: int = 4096) -> tuple[ModelConf
     if any(weight is None or weight.ndim != 2 for weight in first):
         raise ModelError(f"{files[0]}: lacks the matrices of the first layer and of the output; fetch it again")
     ffn_hidden, vocab_size = (len(weight) * len(shards) for weight in first)  # params.json leaves them open
+    if params.get("vocab_size") not in (None, -1, vocab_size):
+        raise ModelError(f"{path}: vocab_size is {params['vocab_size']!r:.60}, not {vocab_size} as the weights have; is a file "
+                         "missing?")
     n_heads = number(path, params, "n_heads")
     config = ModelConfig(number(path, params, "dim"), number(path, params, "n_layers"), n_heads,
                          number(path, params, "n_kv_heads", default=n_heads), ffn_hidden, vocab_size, max_seq_len,
@@ -647,13 +667,15 @@ def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
     folder = Path(folder)
     path = folder / "config.json"
     hf = read_json(path)
+    if "stage" in hf:
+        raise ModelError(f"{folder}: this run has no checkpoint; start it again, or name one of a stage that trains a model")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     plain_rope = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
     for what, is_so in {
-        f"is a {hf.get('model_type')} model": hf.get("model_type") != "llama",
+        f"has the model_type {hf.get('model_type')!r:.60}": hf.get("model_type") != "llama",
         "scales its rotary positions": not plain_rope,
         "has biases": hf.get("attention_bias") or hf.get("mlp_bias"),
-        f"has {hf.get('hidden_act')} in place of silu": hf.get("hidden_act", "silu") != "silu",
+        f"has {hf.get('hidden_act')!r:.60} in place of silu": hf.get("hidden_act", "silu") != "silu",
         "is quantised": hf.get("quantization_config"),
     }.items():
         if is_so:
@@ -666,7 +688,12 @@ def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
         number(path, hf, "intermediate_size"), number(path, hf, "vocab_size"),
         number(path, hf, "max_position_embeddings", default=2048), number(path, hf, "rms_norm_eps", float, 1e-6),
         number(path, hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}, "rope_theta", float, 10000.0))
-    weights = {name: weight for file in hf_files(folder) for name, weight in open_weights(file).items()}
+    weights: dict[str, Tensor] = {}
+    for file in hf_files(folder):
+        found = open_weights(file)
+        if twice := sorted(found.keys() & weights.keys()):
+            raise ModelError(f"{file}: {twice[0]} is in another file too; fetch the folder again")
+        weights |= found
     if hf.get("tie_word_embeddings") and "model.embed_tokens.weight" in weights:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs = whole_weights(folder, config, [weights], hf_name)
@@ -787,22 +814,41 @@ def mean_pool_kv_heads(model: Transformer, n_kv_heads: int, how: str = "mean", s
 # ---------------------------------------------------------------------------------------------- the command line
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one sentence, without the list of all flags before it."""
+
+    def error(self, message: str) -> None:
+        raise ModelError(f"{message}; --help lists what there is")
+
+
+def tokenizer_beside(folder: str | Path, config: ModelConfig) -> str:
+    """The tokenizer's file in a folder of weights, which may be missing. ModelError if its ids are not those of the weights."""
+    from tokenizer import Tokenizer
+    file = Path(folder, "tokenizer.model")
+    if file.exists() and (size := Tokenizer(file).vocab_size) > config.vocab_size:  # weights may be padded to a round number
+        raise ModelError(f"{file} has {size} pieces, the weights beside it only {config.vocab_size}; put back the one that they "
+                         "came with")
+    return str(file)
+
+
 def read_any(folder: str) -> tuple[ModelConfig, Callable, str]:
     """(config, weight_of, tokenizer file) of a folder of ours, of Meta's, or of Hugging Face's."""
     here = Path(folder)
     if (here / "params.json").exists():
-        return *meta_weights(here), str(here / "tokenizer.model")
-    if list(here.glob("step-*")):
+        config, weight_of = meta_weights(here)
+    elif list(here.glob("step-*")):
         from pretrain import stored_weights
-        return *stored_weights(folder), str(here / "tokenizer.model")
-    if (here / "config.json").exists():
-        return *hf_weights(here), str(here / "tokenizer.model")
-    raise ModelError(f"{folder} holds no weights that are known here: no params.json, no config.json, no step-* folder")
+        config, weight_of = stored_weights(folder)
+    elif (here / "config.json").exists():
+        config, weight_of = hf_weights(here)
+    else:
+        raise ModelError(f"{folder} holds no weights that are known here: no params.json, no config.json, no step-* folder")
+    return config, weight_of, tokenizer_beside(here, config)
 
 
 def main() -> None:
     """Convert weights between formats, or continue a prompt."""
-    parser = argparse.ArgumentParser(description="Convert weights, or continue a prompt.")
+    parser = Parser(description="Convert weights, or continue a prompt.")
     commands = parser.add_subparsers(dest="command", required=True)
     convert = commands.add_parser("convert", help="from Meta's, Hugging Face's or our folder to Hugging Face's or ours")
     convert.add_argument("source")
@@ -847,6 +893,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # ModelError, and the errors of the other files
+    except (ValueError, OSError) as error:  # ModelError, the errors of the other files, and a disk that is full or not ours
         print(f"model.py: {error}", file=sys.stderr)
         sys.exit(2)

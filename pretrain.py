@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,9 +48,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import toy
-from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Transformer, count_parameters, generate,
-                   initial_weight, read_any, with_vocab)
-from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError
+from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Parser, Transformer, count_parameters, generate,
+                   initial_weight, number, read_any, tokenizer_beside, with_vocab)
+from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -130,7 +131,7 @@ def field_help(cls: type) -> dict[str, tuple[str, str]]:
 def parse(cls: type, argv: list[str] | None = None):
     """The dataclass is the command line: its fields are the flags, their comments the help. Returns a `cls`."""
     texts = field_help(cls)
-    parser = argparse.ArgumentParser(description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=cls.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(cls):
         meaning, paper = texts[field.name]
         toy_value = cls.BY_PRESET.get("toy", {}).get(field.name)
@@ -157,20 +158,36 @@ def parse(cls: type, argv: list[str] | None = None):
     by_preset = cls.BY_PRESET.get(values.get("preset"), {})
     values = {k: by_preset.get(k) if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     settings = cls(**values)
-    for name in ("steps", "batch_size", "micro_batch", "seq_len", "lr", "eval_every", "save_every", "keep", "replicas", "gpus",
-                 "tokens", "mfu", "peak_flops", "n_kv_heads", "ffn_multiplier", "epochs", "dialogs", "max_new_tokens",
-                 "mini_batch", "critic_lr", "eval_prompts", "patience", "n_prompts", "samples", "sample_batch", "parallel",
-                 "timeout", "documents", "chunk", "limit", "seconds"):
-        value = getattr(settings, name, None)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"--{name} must be a number above 0, not {value}")
-    for name in ("seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "kl_coef", "ptx_coef",
-                 "critic_warmup", "retries", "wait", "past", "temperature", "shots", "show"):
-        if (getattr(settings, name, None) or 0) < 0:
-            raise InputError(f"--{name} must not be below 0, as {getattr(settings, name)} is")
-    if getattr(settings, "dtype", "auto") not in ("auto", "fp32", "bf16"):
-        raise InputError(f"--dtype {settings.dtype} is unknown; take fp32, bf16 or auto")
+    for name, value in vars(settings).items():
+        check_flag(name, value)
     return settings
+
+
+MAY_BE_0 = {"seed", "world", "warmup", "threads", "sample_tokens", "weight_decay", "lr_floor", "kl_coef", "ptx_coef", "retries",
+            "critic_warmup", "wait", "past", "temperature", "shots", "show", "safety_aux", "watts", "resampled", "long", "replay"}
+SHARES = {"safety", "unsafe", "noise", "threshold", "gamma", "lam", "top_p", "mfu"}  # from 0 to 1
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise InputError if a flag has a value that makes no sense in any stage."""
+    if name == "temperatures" and not all(re.fullmatch(r"\d+\.?\d*|\.\d+", one) for one in value):
+        raise InputError(f"--temperatures {' '.join(value)}: take numbers such as 0.7")
+    if name == "device" and value not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {value} is unknown; take cpu, cuda or auto")
+    if name == "device" and value == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda was asked for, but torch finds no GPU here; take --device cpu")
+    if name == "dtype" and value not in ("auto", "fp32", "bf16"):
+        raise InputError(f"--dtype {value} is unknown; take fp32, bf16 or auto")
+    if type(value) not in (int, float):
+        return
+    if name in SHARES and not 0 <= value <= 1:
+        raise InputError(f"--{name} is a share, from 0 to 1, not {value}")
+    if name in MAY_BE_0 and not 0 <= value < math.inf:
+        raise InputError(f"--{name} must not be below 0, as {value} is")
+    if name not in SHARES | MAY_BE_0 and not 0 < value < math.inf:
+        raise InputError(f"--{name} must be a number above 0, not {value}")
+    if type(value) is int and value >= 2**31:
+        raise InputError(f"--{name} {value} is too large; take a number below 2^31")
 
 
 def preset_of(config: ModelConfig) -> str:
@@ -200,10 +217,6 @@ class Ranks(NamedTuple):
 
 def start(settings) -> Ranks:
     """Join the other processes; plain `python` is a group of one. A group exists always, so there is one code path."""
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {settings.device} is unknown; take cpu, cuda or auto")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda was asked for, but torch finds no GPU here; take --device cpu")
     kind = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:  # started by torchrun
@@ -337,6 +350,8 @@ def sources(specs: Iterable[str], embedded: dict[str, tuple[Callable, str]], rea
                 raise InputError(f"--data {spec}: token shards and text can't be mixed in one source; name them apart")
             documents = lambda files=tuple(files): (text for file in files for text in read(file))  # noqa: E731
             fingerprint = " ".join(file_fingerprint(file) for file in files)
+        if float(epochs) > 1000:
+            raise InputError(f"--data {spec}: read it 1000 times at most")
         if any(source.name == name for source in found):
             raise InputError(f"--data {spec}: a source named {name} is there already; write NAME={pattern}")
         found.append(Source(name, documents, float(epochs), fingerprint, shards))
@@ -394,8 +409,8 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise InputError(f"{file}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x}); "
                          "convert the file with iconv or drop the line") from None
-    except (OSError, EOFError) as error:
-        raise InputError(f"{file}, after line {number}: can't be read ({error})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file}, after line {number}: can't be read ({error}); is it whole?") from None
 
 
 def read_documents(file: str) -> Iterator[str]:
@@ -404,10 +419,11 @@ def read_documents(file: str) -> Iterator[str]:
         for number, line in read_lines(file):
             if line.strip():
                 try:
-                    text = json.loads(line)["text"]
-                    text.encode()  # half a surrogate pair is no text
+                    text = parse_json(line)["text"]
+                    text.encode()  # AttributeError if it is none
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise InputError(f'{file}, line {number}: each line must be a JSON object with a "text" string')
+                    raise InputError(f'{file}, line {number}: each line must be a JSON object with a "text" string; mend or '
+                                     "drop that line") from None
                 yield text
     else:
         page, length = [], 0
@@ -528,12 +544,25 @@ def encode_documents(texts: list[str]) -> list[tuple[np.ndarray, int]]:
     return [(np.array(ids, encode_documents.dtype), len(text.encode())) for text, ids in zip(texts, encoded)]
 
 
+def shard_tokens(part: Path) -> np.ndarray:
+    """The ids of a shard: a memory map of uint16 or uint32, as its name says. InputError if they are not whole."""
+    return mapped(part, np.uint16 if part.suffix == ".u16" else np.uint32)
+
+
 def shard_ends(part: Path) -> np.ndarray:
     """Where each document of a shard ends, in tokens: a memory map of uint64."""
     path = part.with_suffix(".ends")
     if not path.exists():
         raise InputError(f"{part}: the file {path.name} beside it is missing, so its documents can't be told apart")
-    return np.memmap(path, np.uint64, "r")
+    return mapped(path, np.uint64)
+
+
+def mapped(file: Path, dtype: type) -> np.ndarray:
+    """A file of numbers as a memory map; InputError if it holds none, or half of one."""
+    size = file.stat().st_size
+    if not size or size % np.dtype(dtype).itemsize:
+        raise InputError(f"{file}: {size} bytes are no whole numbers of {np.dtype(dtype).itemsize} each; make the shard again")
+    return np.memmap(file, dtype, "r")
 
 
 # ---------------------------------------------------------------------------------------------- mixture and batches
@@ -584,12 +613,12 @@ class Mixture(Rows):
         """parts: (shard file, weight). folder: where the file with the order goes."""
         self.seq_len, self.seed, self.eos_id, self.vocab_size = seq_len, seed, eos_id, vocab_size
         self.files = [file for file, _ in parts]
-        self.tokens = [np.memmap(file, np.uint16 if file.suffix == ".u16" else np.uint32, "r") for file in self.files]
+        self.tokens = [shard_tokens(file) for file in self.files]
         self.doc_ends = [shard_ends(file) for file in self.files]
         for file, tokens, ends in zip(self.files, self.tokens, self.doc_ends):
-            if not len(ends) or int(ends[-1]) != len(tokens):
-                raise InputError(f"{file}: holds {len(tokens)} tokens, but its .ends file counts "
-                                 f"{int(ends[-1]) if len(ends) else 0}; make the shard again")
+            if ends[-1] != len(tokens) or not (ends[:-1] < ends[1:]).all():
+                raise InputError(f"{file}: its .ends file does not cut its {len(tokens)} tokens into documents; make the shard "
+                                 "again")
         n_docs = [len(ends) for ends in self.doc_ends]
         self.first = np.cumsum([0, *n_docs])  # documents are numbered through all parts
         reads = [round(weight * n) for (_, weight), n in zip(parts, n_docs)]
@@ -809,47 +838,93 @@ def read_checkpoint(folder: str | Path, state: dict[str, Tensor]) -> dict:
 
     Raises InputError if it is of another shape, before anything is changed, or damaged.
     """
-    try:
-        reader = SafeReader(folder)
-        saved = reader.read_metadata().state_dict_metadata
-        for name, tensor in state.items():
-            if name not in saved:
-                raise InputError(f"{folder}: has no {name}; is it a checkpoint of another stage or size?")
-            if saved[name].size != tensor.shape:
-                raise InputError(f"{folder}: {name} has shape {tuple(saved[name].size)}, not {tuple(tensor.shape)}")
+    check_sizes(folder, saved_sizes(folder), {name: tensor.shape for name, tensor in state.items()})
+    with undamaged(folder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(state, storage_reader=SafeReader(folder), process_group=cpu_group() if dist.is_initialized() else None,
                      no_dist=not dist.is_initialized())
         progress = json.loads(Path(folder, "progress.json").read_text())
-    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder}: this checkpoint is damaged ({type(error).__name__}); remove the folder to go on "
-                         "from the one before") from error
+        if progress["step"] != int(Path(folder).name.removeprefix("step-")):
+            raise ValueError("progress.json counts other steps")
+        for name, tensor in state.items():
+            if not (tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
     return progress
 
 
 def load_model(out: str | Path, kind: type[Transformer] = Transformer) -> tuple[Transformer, Tokenizer, dict]:
     """The newest model of a run as a plain module on the CPU, its tokenizer, and its config.json."""
-    found, config = checkpoints(out), read_config(out)
-    if not found or not config:
-        raise InputError(f"{out}: there is no checkpoint; make one with `python pretrain.py --out {out}`")
-    model = kind(ModelConfig(**config["model"]))
-    load_checkpoint(found[-1], {"model": model}, {})
-    return model.eval(), Tokenizer(str(Path(out, "tokenizer.model"))), config
+    if not checkpoints(out):
+        raise InputError(f"{out}: there is no checkpoint of ours" + how_to_make(out))
+    config, newest = saved_shape(out)
+    tokenizer = Tokenizer(tokenizer_beside(out, config))
+    model = kind(config)
+    load_checkpoint(newest, {"model": model}, {})
+    return model.eval(), tokenizer, read_config(out)
 
 
 def stored_weights(out: str | Path) -> tuple[ModelConfig, Callable]:
     """The newest weights of a run, one at a time: its shape, and weight_of(name, shape) → that parameter in fp32."""
-    newest = checkpoints(out)[-1]
+    config, newest = saved_shape(out)
 
     def weight_of(name: str, shape: tuple) -> Tensor:
         state = {f"model/weights/{name}": torch.empty(shape)}
         read_checkpoint(newest, state)
         return state.popitem()[1]
 
-    return ModelConfig(**read_config(out)["model"]), weight_of
+    return config, weight_of
+
+
+def shape_of(out: str | Path) -> ModelConfig:
+    """The shape of a run of ours, as its config.json tells it; ModelError if it tells none that makes sense."""
+    path, model = Path(out, "config.json"), read_config(out).get("model", {})
+    return ModelConfig(**{field.name: number(path, model, field.name, field.type) for field in fields(ModelConfig)})
+
+
+def saved_shape(out: str | Path) -> tuple[ModelConfig, Path]:
+    """The shape of a run of ours, and its newest checkpoint. InputError or ModelError if the two do not fit.
+
+    That is asked before a model of whatever size is built. The head may be another one, that of a reward model.
+    """
+    config, newest = shape_of(out), checkpoints(out)[-1]
+    saved = saved_sizes(newest)
+    layers = [int(found[1]) for name in saved if (found := re.match(r"model/weights/layers\.(\d{1,9})\.", name))]
+    if config.n_layers != len(set(layers)):
+        raise InputError(f"{out}/config.json: n_layers is {config.n_layers}, not {len(set(layers))} as in {newest.name}; put the "
+                         "right one back")
+    with torch.device("meta"):
+        shapes = {f"model/weights/{name}": p.shape for name, p in Transformer(config).named_parameters()}
+    check_sizes(newest, saved, {name: shape for name, shape in shapes.items() if "/output." not in name})
+    return config, newest
+
+
+def saved_sizes(folder: str | Path) -> dict[str, torch.Size]:
+    """The shape of every tensor in a checkpoint, by its name (see `checkpoint_state`). InputError if it is damaged."""
+    with undamaged(folder):
+        return {name: entry.size for name, entry in SafeReader(folder).read_metadata().state_dict_metadata.items()}
+
+
+@contextmanager
+def undamaged(folder: str | Path) -> Iterator[None]:
+    """What goes wrong while a checkpoint is read, as an InputError: torch raises many kinds for what is missing or cut."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
+        raise InputError(f"{folder}: this checkpoint is damaged ({type(error).__name__}); remove the folder to go on "
+                         "from the one before") from error
+
+
+def check_sizes(folder: str | Path, saved: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:
+    """Raise InputError if a checkpoint lacks a tensor, or has it in another shape."""
+    for name, shape in wanted.items():
+        if name not in saved:
+            raise InputError(f"{folder}: has no {name}; is it a checkpoint of another stage or size?")
+        if saved[name] != shape:
+            raise InputError(f"{folder}: {name} has shape {tuple(saved[name])}, not {tuple(shape)}; is it of another stage or "
+                             "size?")
 
 
 def fingerprint(out: str | Path) -> str:
@@ -872,11 +947,13 @@ def read_config(out: str | Path) -> dict:
     if not path.exists():
         return {}
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text())
     except ValueError:
         config = None
-    if not isinstance(config, dict) or not {"stage", "settings", "model", "threads"} <= set(config):
-        raise InputError(f"{path} was not written by this project; take another --out")
+    kinds = {"stage": str, "settings": dict, "model": dict, "threads": int}
+    is_ours = isinstance(config, dict) and all(type(config.get(name)) is kind for name, kind in kinds.items())
+    if not is_ours or not 0 <= config["threads"] < 2**15:
+        raise InputError(f"{path} was not written by this project, or is damaged; take another folder")
     return config
 
 
@@ -891,27 +968,44 @@ class Parent(NamedTuple):
 def parent_of(folder: str) -> Parent:
     """A run of ours, Meta's release or a Hugging Face folder, as --init names it; filled shard by shard, never whole."""
     if checkpoints(folder):
-        config, newest = ModelConfig(**read_config(folder)["model"]), checkpoints(folder)[-1]
+        config, newest = saved_shape(folder)
 
         def fill(model: nn.Module, skip: tuple[str, ...] = ()) -> None:
             state = checkpoint_state({"model": model}, {})
             read_checkpoint(newest, {name: p for name, p in state.items() if name.removeprefix("model/weights/") not in skip})
 
-        return Parent(config, str(Path(folder, "tokenizer.model")), fingerprint(folder), fill)
+        return Parent(config, tokenizer_beside(folder, config), fingerprint(folder), fill)
     if not Path(folder).is_dir():
-        makers = {"pretrain": "pretrain.py", "sft": "sft.py", "reward-helpfulness": "reward.py --kind helpfulness",
-                  "reward-safety": "reward.py --kind safety", "rlhf-v1": "rlhf.py", "rlhf-v2": "rlhf.py --version 2"}
-        maker = makers.get(Path(folder).name)
-        raise InputError(f"{folder}: there is no such folder" + (f"; make it with `python {maker}`" if maker else ""))
+        raise InputError(f"{folder}: there is no such folder{how_to_make(folder)}")
     config, weight_of, tokenizer = read_any(folder)
     files = sorted((path.name, path.stat().st_size) for path in Path(folder).iterdir())
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     return Parent(config, tokenizer, key, lambda model, skip=(): set_weights(model, weight_of, skip))
 
 
+def how_to_make(folder: str | Path) -> str:
+    """The end of a sentence that misses a folder: the command that makes it, or a hint."""
+    makers = {"pretrain": "pretrain.py", "sft": "sft.py", "reward-helpfulness": "reward.py --kind helpfulness",
+              "reward-safety": "reward.py --kind safety", "rlhf-v1": "rlhf.py", "rlhf-v2": "rlhf.py --version 2"}
+    maker = makers.get(Path(folder).name)
+    return f"; make it with `python {maker}`" if maker else "; name the --out of a run"
+
+
+def run_config(folder: str | Path) -> dict:
+    """The config.json of a run of ours; for weights from elsewhere one that tells nothing."""
+    if not checkpoints(folder):
+        return {"stage": "", "settings": {}}
+    if not (config := read_config(folder)):
+        raise InputError(f"{folder}: config.json is missing beside its checkpoints; put it back")
+    return config
+
+
 def world_of(folder: str) -> int:
     """The seed of the tiny world that a run of ours knows; 0 for weights from elsewhere."""
-    return (read_config(folder)["settings"].get("world") or 0) if checkpoints(folder) else 0
+    world = run_config(folder)["settings"].get("world") or 0
+    if type(world) is not int or world < 0:
+        raise InputError(f"{folder}/config.json: world is {world!r:.60}, not the seed of a tiny world; put the right one back")
+    return world
 
 
 def save_model(model: Transformer, out: str, tokenizer: str) -> None:
@@ -929,6 +1023,15 @@ def save_model(model: Transformer, out: str, tokenizer: str) -> None:
     cpu_group.cache_clear()  # it went with the others
 
 
+def claim(out: str | Path, stage: str) -> None:
+    """Raise InputError if --out is no folder, or holds a run of another stage, whose config.json would be written over."""
+    before = read_config(out)
+    if before and before["stage"] != stage:
+        raise InputError(f"{out} holds a run of another stage, {before['stage']}; take another --out")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"{out} is a file; take a folder for --out")
+
+
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
     """Claim --out: refuse another run's folder, drop what was left unfinished. Returns what config.json will hold.
 
@@ -941,10 +1044,14 @@ def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
     if ranks.rank == 0:
         before = read_config(out)
+        claim(out, stage)
+        for name in ("init", "policy"):
+            if getattr(settings, name, "") and Path(getattr(settings, name)).resolve() == out.resolve():
+                raise InputError(f"--{name} {out} is --out itself, which would be written over; take another --out")
         if before and (settings.resume or restarted):
             changed = [f"--{name} {before['settings'].get(name)}" for name, value in record["settings"].items()
                        if name not in FREE and before["settings"].get(name) != value]
-            changed += [f"other {name}" for name in ("stage", "data") if before.get(name) != record.get(name)]
+            changed += ["other data"] * (before.get("data") != record.get("data"))
             if changed:
                 raise InputError(f"{out} holds a run with {changed[0]}; take another --out, or --no-resume to begin again")
             for name in ("threads", "world_size", "torch", "parent_fingerprint"):
@@ -970,13 +1077,21 @@ def locked(out: str, ranks: Ranks) -> Iterator[None]:
     if ranks.rank > 0:
         yield
         return
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with open(Path(out, ".lock"), "w") as lock:
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(out, ".lock"), "w")
+    except OSError as error:
+        raise InputError(f"--out {out}: can't be written to ({error.strerror}); take another folder") from None
+    with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers, gone with the process
         except (BlockingIOError, PermissionError):
             raise InputError(f"{out}: another process is writing to it; wait for it, or take another --out") from None
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(out) == [".lock"]:  # a run that was refused leaves nothing behind
+                shutil.rmtree(out)
 
 
 def rewind(path: Path, step: int) -> None:
@@ -1297,7 +1412,7 @@ def main(settings: Settings) -> None:
             settings = replace(settings, tokenizer=parent.tokenizer)
         folder, index = prepare(found, settings, ranks)
         tokenizer = Tokenizer(str(folder / "tokenizer.model"))
-        config = with_vocab(config, tokenizer.vocab_size)
+        config = config if parent else with_vocab(config, tokenizer.vocab_size)
         parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
         held_out = {name: folder / entry["held_out"] for name, entry in index.items() if entry["held_out"]}
         common = (settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
@@ -1356,10 +1471,13 @@ def report(out: Path) -> None:
 
 
 def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> None:
-    """Parse the flags and run `main`; bad input ends with one sentence on standard error and exit code 2."""
+    """Parse the flags and run `main`; bad input ends with one sentence on standard error and exit code 2.
+
+    So does a file that the system does not let us read or write.
+    """
     try:
         main(parse(cls, argv))
-    except (InputError, ModelError, TokenizerError) as error:
+    except (InputError, ModelError, TokenizerError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -38,10 +38,10 @@ from tqdm import tqdm
 
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
-from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, checkpoints, command_line, cpu_group, file_fingerprint,
-                      interval, load_model, locked, open_run, parent_of, permute, print_settings, read_config, replace_file,
+from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, claim, command_line, cpu_group, file_fingerprint,
+                      interval, load_model, locked, open_run, parent_of, permute, print_settings, replace_file, run_config,
                       set_weights, start, tiny_world, train, world_of)
-from sft import messages_of, read_rows, toy_messages
+from sft import are_ids, messages_of, read_rows, toy_messages, typed
 from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
 
 RATINGS = tuple(toy.RATINGS)  # significantly better, better, slightly better, negligibly better (or unsure); §3.2.1
@@ -204,7 +204,7 @@ def read_pairs(files: tuple[str, ...]) -> tuple[list[dict], Counter]:
             try:
                 found = comparisons(record)
             except (InputError, TokenizerError) as error:
-                raise InputError(f"{place}: {error}") from None
+                raise InputError(f"{place}: {error}; mend or drop the row") from None
             pairs += [pair for pair in found if not unusable(pair)]
             dropped.update(filter(None, map(unusable, found)))
     return pairs, dropped
@@ -243,6 +243,11 @@ def comparisons(record: object) -> list[dict]:
                 for better, worse in ordered(record)]
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise InputError('"chosen" and "rejected" must both be text')
+    ids = [record.get(f"{part}_ids") for part in ("prompt", "chosen", "rejected")]
+    if ids != [None] * 3 and not all(map(are_ids, ids)):
+        raise InputError('"prompt_ids", "chosen_ids" and "rejected_ids" must be three lists of token ids, or all be left out')
+    if not isinstance(record.get("about", {}), dict):
+        raise InputError('"about" must be an object')
     rating, safety = record.get("rating"), record.get("safety")
     if rating not in (None, *RATINGS):
         raise InputError(f"the rating {rating!r} is unknown; take one of {', '.join(RATINGS)}, or leave it out")
@@ -266,12 +271,17 @@ def transcript(text: str) -> list[dict]:
     return messages
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def ordered(record: dict) -> list[tuple[str, str]]:
     """Every two responses of different scores, the better one first."""
     responses, scores = record["responses"], record.get("scores")
     if not (isinstance(responses, list) and isinstance(scores, list) and len(responses) == len(scores)
             and all(isinstance(r, str) for r in responses)
-            and all(isinstance(s, (int, float)) and math.isfinite(s) for s in scores)):
+            and all(map(is_number, scores))):
         raise InputError('"responses" must be a list of texts, and "scores" as long a list of numbers')
     ranked = sorted(zip(scores, responses), key=lambda pair: -pair[0])
     return [(better, worse) for (high, better), (low, worse) in combinations(ranked, 2) if high > low]
@@ -309,7 +319,7 @@ def encode_pairs(pairs: list[dict], tokenizer: Tokenizer, seq_len: int, margin: 
 
 def pair_ids(pair: dict, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
     """Ids of the dialogue and of its two answers, the sampled ones if the comparison has them; EOS ends an answer."""
-    if "chosen_ids" in pair:
+    if pair.get("chosen_ids"):
         ids = [pair[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")]
         if max(map(max, ids)) >= tokenizer.vocab_size:
             raise InputError(f"a comparison holds the token id {max(map(max, ids))}, outside the vocabulary of "
@@ -393,6 +403,8 @@ def read_named(files: tuple[str, ...]) -> list[dict]:
         if not Path(file).is_file():
             raise InputError(f"{file}: there is no such file; `python reward.py collect` makes comparisons of the tiny world")
     pairs, dropped = read_pairs(files)
+    if files and not pairs:
+        raise InputError(f"{', '.join(files)}: no comparison is left, of {dropped.total()}; give others")
     if dropped and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"{', '.join(files)}: dropped " + ", ".join(f"{n} ({why})" for why, n in dropped.items()))
     return pairs
@@ -558,14 +570,19 @@ class Eval:
 
 def evaluate(settings: Eval) -> None:
     """Print accuracies of every model on every test set, and draw the paper's figures into --out."""
+    claim(settings.out, "rewards")
     device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     tests = {name: read_named(files) for name, files in (("helpfulness", settings.helpfulness), ("safety", settings.safety))}
     configs, judged, measures = {}, {}, {}
     for run in settings.runs:
         model, tokenizer, configs[run] = load_model(run, RewardModel)
+        if configs[run]["stage"] != "reward":
+            raise InputError(f"{run}: was not made by `python reward.py`; name reward models")
         model.to(device)
         for test, pairs in tests.items():
             pairs, encoded, _ = encode_pairs(pairs, tokenizer, model.config.max_seq_len, "none")
+            if not pairs:
+                raise InputError(f"--{test}: no comparison fits the context of {run}; give shorter ones")
             scores, lengths = score_pairs(model, encoded)
             judged[run, test], measures[f"{run} on {test}"] = (pairs, scores), measure(scores, pairs, lengths)
     print_measures(measures)
@@ -585,8 +602,11 @@ def true_scores(pairs: list[dict], axis: str) -> np.ndarray | None:
     if not all("slots" in pair.get("about", {}) for pair in pairs):
         return None
     rule = {"helpfulness": toy.helpfulness, "safety": toy.safety}[axis]
-    return np.array([[rule(tiny_world(pair["about"]["world"]), pair["about"], pair[side]) for side in ("chosen", "rejected")]
-                     for pair in pairs])
+    try:
+        return np.array([[rule(tiny_world(pair["about"]["world"]), pair["about"], pair[side]) for side in ("chosen", "rejected")]
+                         for pair in pairs])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f'an "about" with "slots" is no prompt of the tiny world ({error!r:.60}); leave it out') from None
 
 
 def sigmoid(scores: np.ndarray) -> np.ndarray:
@@ -749,11 +769,10 @@ def load_speakers(folders: list[str], ranks: Ranks) -> list[Speaker]:
     speakers, dtype = [], torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     for folder in folders:
         config, weight_of, tokenizer = read_any(folder)
-        if speakers and Path(tokenizer).read_bytes() != Path(speakers[0].tokenizer.path).read_bytes():
+        if speakers and file_fingerprint(tokenizer) != file_fingerprint(speakers[0].tokenizer.path):
             raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common")
         model = load_weights(config, weight_of, dtype).to(ranks.device).eval()
-        is_base = bool(checkpoints(folder)) and read_config(folder).get("stage") == "pretrain"
-        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), is_base))
+        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), run_config(folder)["stage"] == "pretrain"))
     return speakers
 
 
@@ -804,6 +823,11 @@ def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
     return [prompt | {"world": settings.world} for prompt in found]
 
 
+PROMPT_KEYS = {  # what may stand beside a prompt
+    "unsafe": (bool, "true or false"), "id": (str | int, "text or a number"), "kind": (str, "text"), "category": (str, "text"),
+    "template": (str, "text")}
+
+
 def file_prompts(file: str) -> list[dict]:
     """The prompts of a file; InputError names a bad line."""
     if not Path(file).is_file():
@@ -811,10 +835,15 @@ def file_prompts(file: str) -> list[dict]:
     found = []
     for place, record in read_rows(file):
         try:
+            if isinstance(record, InputError):  # the line is no JSON
+                raise record
             if not isinstance(record, dict) or "prompt" not in record or dialog_turns(toy_messages(record))[-1][1] is not None:
                 raise InputError('needs a "prompt", a text or messages of which the user has the last')
+            for key, (kind, name) in PROMPT_KEYS.items():
+                if not isinstance(record.get(key), kind | None):
+                    raise InputError(f'"{key}" is {record[key]!r:.60}, not {name}')
         except (TokenizerError, InputError) as error:
-            raise InputError(f"{place}: {error}") from None
+            raise InputError(f"{place}: {error}; mend or drop the row") from None
         found.append(record)
     return found
 
@@ -825,9 +854,12 @@ def collect(settings: Collect) -> None:
         raise InputError("--axis is helpfulness, safety or both, and --annotator toy or person")
     if settings.prompts and settings.annotator == "toy":
         raise InputError("the rules of the tiny world can't judge answers to other prompts; add --annotator person")
+    own = file_prompts(settings.prompts) if settings.prompts else []
     axes = ("helpfulness", "safety") if settings.axis == "both" else (settings.axis,)
     second = {"helpfulness": settings.b or settings.a, "safety": settings.b or "out/pretrain"}
     folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two
+    if len(settings.temperatures) * min(map(len, folders.values())) < 2:
+        raise InputError("two answers come from two variants; give a second --temperatures, or a second model with --b")
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.a))
     ranks = start(settings)
@@ -838,7 +870,7 @@ def collect(settings: Collect) -> None:
             replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
         for axis in axes:
             for split in ("train",) if settings.prompts else ("train", "test"):
-                prompts = file_prompts(settings.prompts) if settings.prompts else toy_prompts(settings, axis, split)
+                prompts = own or toy_prompts(settings, axis, split)
                 name = axis if split == "train" else f"{axis}-test"
                 speakers = cache(partial(load_speakers, folders[axis], ranks))
                 seed = zlib.crc32(f"{settings.seed} {name}".encode())
@@ -920,7 +952,7 @@ def ask(row: dict, axis: str) -> dict:
 def choice(question: str, options: list[str]) -> int:
     """The number of the option that the person takes, from 0; asked again until it is one."""
     listed = ", ".join(f"{i}" if option == f"{i}" else f"{i} {option}" for i, option in enumerate(options, 1))
-    while (answer := input(f"{question} ({listed}) ").strip()) not in map(str, range(1, len(options) + 1)):
+    while (answer := typed(f"{question} ({listed}) ").strip()) not in map(str, range(1, len(options) + 1)):
         pass
     return int(answer) - 1
 

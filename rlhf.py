@@ -46,7 +46,7 @@ from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, adamw
                       world_of)
 from reward import (HEAD, RewardModel, Speaker, file_prompts, held_out, in_parts, load_speakers, padded, pair_ids, picture,
                     read_named, safety_labels, score_rows, sigmoid, whiskers)
-from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
+from sft import Tuning, fine_tune, read_dialogs, read_rows, read_through, toy_messages, toy_sources
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -124,7 +124,7 @@ def parents_of(folders: list[str]) -> dict[str, Parent]:
     """The models of folders by their names; InputError if their tokenizers differ, for the ids of answers go from one to all."""
     parents = {folder: parent_of(folder) for folder in folders}
     for folder, parent in parents.items():
-        if Path(parent.tokenizer).read_bytes() != Path(parents[folders[0]].tokenizer).read_bytes():
+        if file_fingerprint(parent.tokenizer) != file_fingerprint(parents[folders[0]].tokenizer):
             raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common")
     return parents
 
@@ -253,8 +253,12 @@ def rescored(pool: list[dict], judges: Judges, threshold: float, names: list[str
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a file of ours."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a file of ours; InputError names a bad line."""
+    rows = list(read_rows(str(path)))
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f"{place}: {row if isinstance(row, InputError) else 'is no JSON object'}; make the file again")
+    return [row for _, row in rows]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
@@ -269,8 +273,6 @@ def main(settings: Settings) -> None:
     """One version: sample, score, keep the best, fine-tune."""
     if settings.select not in ("best", "random") or settings.pool not in ("all", "last"):
         raise InputError("--select is best or random, and --pool all or last")
-    if settings.version < 1 or settings.n_samples < 1 or settings.n_prompts < 1:
-        raise InputError("--version, --n_samples and --n_prompts must be at least 1")
     version = settings.version
     settings = replace(settings, out=settings.out or f"out/rlhf-v{version}",
                        policy=settings.policy or ("out/sft" if version == 1 else f"out/rlhf-v{version - 1}"))
@@ -278,6 +280,9 @@ def main(settings: Settings) -> None:
         settings = replace(settings, world=world_of(settings.policy))
     names = [settings.policy, settings.helpfulness, settings.harmlessness]
     parents = parents_of([*names, settings.init])
+    prompts = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
+        tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} version {version}".encode()),
+        unsafe=settings.unsafe)
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
@@ -289,13 +294,14 @@ def main(settings: Settings) -> None:
         specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety)
         embedded["pool"] = partial(pool_rows, out / "pool.jsonl"), json.dumps([data, asdict(settings)], sort_keys=True)
         found = sources(specs, embedded, read_dialogs)
+        read_through(found, embedded)
         data |= {source.name: source.fingerprint for source in found if source.name != "pool"}
         record = open_run(settings, "rlhf", ranks, data=data, parent=settings.init,
                           parent_fingerprint=parents[settings.init].fingerprint)
         if ranks.rank == 0:
             config = record | {"model": asdict(parents[settings.init].config)}
             replace_file(out / "config.json", json.dumps(config, indent=1).encode())
-        make_pool(settings, ranks, earlier)
+        make_pool(settings, prompts, ranks, earlier)
         is_toy = any(source.fingerprint == embedded["toy/dialogs"][1] for source in found)
         fine_tune(settings, record, parents[settings.init], found, ranks, tiny_world(settings.world) if is_toy else None)
 
@@ -307,11 +313,9 @@ def pool_rows(file: Path) -> Iterator[tuple[str, tuple[list[int], list[bool]]]]:
         yield str(file), (asked + said, [False] * len(asked) + [True] * len(said))
 
 
-def make_pool(settings: Settings, ranks: Ranks, earlier: list[Path]) -> None:
+def make_pool(settings: Settings, prompts: list[dict], ranks: Ranks, earlier: list[Path]) -> None:
     """Write OUT/best.jsonl, the best answers of this version, and OUT/pool.jsonl, those of all versions that are learned."""
-    out, world = Path(settings.out), tiny_world(settings.world)
-    prompts = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
-        world, settings.n_prompts, zlib.crc32(f"{settings.seed} version {settings.version}".encode()), unsafe=settings.unsafe)
+    out = Path(settings.out)
     speaker = cache(lambda: load_speakers([settings.policy], ranks)[0])
     judges = cache(lambda: load_judges(settings.helpfulness, settings.harmlessness, ranks))
     if not settings.resume and ranks.rank == 0:
@@ -901,7 +905,7 @@ def ppo(settings: Ppo) -> None:
     settings = replace(settings, out=settings.out or f"{settings.init}-ppo")
     parent, judges = parent_of(settings.init), {name: parent_of(name) for name in (settings.helpfulness, settings.harmlessness)}
     for name, judge in judges.items():
-        if Path(judge.tokenizer).read_bytes() != Path(parent.tokenizer).read_bytes():
+        if file_fingerprint(judge.tokenizer) != file_fingerprint(parent.tokenizer):
             raise InputError(f"{name} has another tokenizer than {settings.init}; their answers have no ids in common")
     if settings.seq_len > parent.config.max_seq_len or settings.max_new_tokens >= settings.seq_len:
         raise InputError(f"--seq_len {settings.seq_len} must be above --max_new_tokens {settings.max_new_tokens}, and at most "
@@ -1078,6 +1082,7 @@ def distill(settings: Distill) -> None:
         specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety)
         embedded["pool"] = partial(pool_rows, out / "pool.jsonl"), json.dumps([data, asdict(settings)], sort_keys=True)
         found = sources(specs, embedded, read_dialogs)
+        read_through(found, embedded)
         data |= {source.name: source.fingerprint for source in found if source.name != "pool"}
         record = open_run(settings, "distill", ranks, data=data, parent=settings.init,
                           parent_fingerprint=parents[settings.init].fingerprint)

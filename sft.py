@@ -35,7 +35,7 @@ from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Parent, Ranks, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint,
                       gathered, interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings,
                       rank_0_first, read_lines, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
-from tokenizer import Tokenizer, TokenizerError, dialog_turns
+from tokenizer import StrictJson, Tokenizer, TokenizerError, dialog_turns, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -93,24 +93,33 @@ def read_rows(file: str) -> Iterator[tuple[str, object]]:
         for number, line in chain([first], lines):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except ValueError as error:
                     row = InputError(f"is not JSON ({error})")
                 yield f"{file}, line {number}", row
         return
     number, text = first[0], first[1] + "".join(line for _, line in lines)
-    at, gap = text.index("[") + 1, re.compile(r"[\s,]*")
-    while True:
-        begin = gap.match(text, at).end()  # of the next row
+    at, space, strict = text.index("[") + 1, re.compile(r"\s*"), StrictJson()
+    before = "["
+    while before != "]":
+        begin = space.match(text, at).end()  # of the next row
         number += text.count("\n", at, begin)
-        if text[begin : begin + 1] == "]":
-            return
+        if before == "[" and text[begin : begin + 1] == "]":
+            at = begin + 1
+            break
         try:
-            row, at = json.JSONDecoder().raw_decode(text, begin)
+            row, at = strict.raw_decode(text, begin)
+            end = space.match(text, at).end()
+            before = text[end : end + 1]
+            if before not in (",", "]"):
+                raise ValueError("a row ends, and neither , nor ] follows")
         except ValueError as error:
-            raise InputError(f"{file}, line {number}: this list is not whole JSON ({error})") from None
+            raise InputError(f"{file}, line {number}: this list is not whole JSON ({error}); fetch it again") from None
         yield f"{file}, line {number}", row
-        number += text.count("\n", begin, at)
+        number += text.count("\n", begin, end)
+        at = end + 1
+    if text[at:].strip():
+        raise InputError(f"{file}: something stands behind the list; one file holds one list, or one object a line")
 
 
 def messages_of(row: object) -> list[dict]:
@@ -128,7 +137,7 @@ def messages_of(row: object) -> list[dict]:
     elif "conversations" in row:
         messages = row["conversations"]
         if isinstance(messages, list) and all(isinstance(m, dict) for m in messages):
-            messages = [{"role": SPEAKERS.get(m.get("from"), m.get("from")), "content": m.get("value")} for m in messages]
+            messages = [{"role": SPEAKERS.get(str(m.get("from")), m.get("from")), "content": m.get("value")} for m in messages]
     elif "instruction" in row:
         parts = [row["instruction"], row.get("input") or ""]
         if not all(isinstance(part, str) for part in parts):
@@ -142,7 +151,7 @@ def messages_of(row: object) -> list[dict]:
         raise InputError('has no "messages", "conversations", "instruction" or "prompt"')
     if not isinstance(messages, list):
         raise InputError("its messages are no list")
-    return ([{"role": "system", "content": row["system"]}] if row.get("system") else []) + messages
+    return ([{"role": "system", "content": row["system"]}] if row.get("system") not in (None, "") else []) + messages
 
 
 def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str, list[dict] | tuple[list[int], list[bool]]]]:
@@ -152,20 +161,40 @@ def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str,
     """
     for place, row in read_rows(file):
         if isinstance(row, dict) and "turns" in row and "is_answer" in row:
-            yield place, ([token for turn in row["turns"] for part in turn for token in part], row["is_answer"])
+            yield place, masked_ids(place, row)
             continue
         try:
             messages = messages_of(row)
-            turns = dialog_turns(messages)
-            "".join(text or "" for turn in turns for text in turn).encode()  # half a surrogate pair is no text
-            if turns[0][1] is None:
+            if dialog_turns(messages)[0][1] is None:
                 raise InputError("has no answer to learn from")
-        except (InputError, TokenizerError, UnicodeEncodeError) as error:
+        except (InputError, TokenizerError) as error:
             if bad is None:
                 raise InputError(f"{place}: {error}; mend the row, or leave such rows out with --skip_bad_rows") from None
             bad.append(f"{place}: {error}")
         else:
             yield place, messages
+
+
+def are_ids(tokens: object) -> bool:
+    """Whether a value of JSON is a list of token ids, and not empty."""
+    return isinstance(tokens, list) and bool(tokens) and all(type(token) is int and 0 <= token < 2**31 for token in tokens)
+
+
+def masked_ids(place: str, row: dict) -> tuple[list[int], list[bool]]:
+    """The ids of a row of gatt.jsonl, and which of them are learned; InputError names the place of a bad one."""
+    turns, mask = row["turns"], row["is_answer"]
+    parts = [part for turn in turns if isinstance(turn, list) for part in turn] if isinstance(turns, list) else []
+    ids = [token for part in parts for token in part] if all(map(are_ids, parts)) else []
+    if len(ids) < 2 or not isinstance(mask, list) or len(mask) != len(ids) or not all(type(flag) is bool for flag in mask):
+        raise InputError(f'{place}: its "turns" are no ids with an "is_answer" for each; make the file again with gatt.py')
+    return ids, mask
+
+
+def read_through(found: Iterable[Source], embedded: dict) -> None:
+    """Read the files of others once before the long work begins, so that a bad row stops it early."""
+    for source in found:
+        for _ in source.documents() if source.fingerprint not in [mark for _, mark in embedded.values()] else ():
+            pass
 
 
 # ---------------------------------------------------------------------------------------------- packing
@@ -274,13 +303,16 @@ def prepare(found: list[Source], tokenizer: Tokenizer, settings: Settings, bad: 
     if not path.exists():
         tokens, is_answer, ends, source, cut, dropped = [], [], [], [], 0, 0
         for number, one in enumerate(found):
-            for _, messages in tqdm(one.documents(), desc=f"tokenising {one.name}", unit=" dialogues"):
+            for place, messages in tqdm(one.documents(), desc=f"tokenising {one.name}", unit=" dialogues"):
                 turns = encoded_turns(tokenizer, messages)
                 ids, flags = fit(turns, settings.seq_len)
                 cut += 0 < len(ids) < sum(len(turn) for turn, _ in turns)
                 if not ids:
                     dropped += 1
                     continue
+                if max(ids) >= tokenizer.vocab_size:
+                    raise InputError(f"{place}: holds the token id {max(ids)}, outside the vocabulary of {tokenizer.vocab_size}; "
+                                     "was it made with another tokenizer?")
                 tokens.append(np.array(ids, np.int32))
                 is_answer.append(np.array(flags))
                 ends.append((ends[-1] if ends else 0) + len(ids))
@@ -344,7 +376,7 @@ def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_toke
 def toy_messages(prompt: dict) -> list[dict]:
     """A prompt of toy.py as messages."""
     text, system = prompt["prompt"], prompt.get("system")
-    return [{"role": "system", "content": system}] * bool(system) + (
+    return [{"role": "system", "content": system}] * (system not in (None, "")) + (
         text if isinstance(text, list) else [{"role": "user", "content": text}])
 
 
@@ -533,6 +565,14 @@ def fit_context(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[
     return tokens, dropped
 
 
+def typed(question: str) -> str:
+    """A line of standard input; InputError if it is not UTF-8."""
+    try:
+        return input(question)
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 (byte {error.object[error.start]:#04x}); convert it with iconv") from None
+
+
 def chat(settings: Chat) -> None:
     """Read messages from standard input, stream the answers to standard output, until Ctrl-D; Ctrl-C ends an answer."""
     config, weight_of, tokenizer_file = read_any(settings.run)
@@ -548,7 +588,7 @@ def chat(settings: Chat) -> None:
         note(Chat.__doc__)
     while True:
         try:
-            line = input("> " * in_terminal).strip()
+            line = typed("> " * in_terminal).strip()
         except (EOFError, KeyboardInterrupt):
             print("\n" * in_terminal, end="")
             return

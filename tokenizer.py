@@ -14,6 +14,7 @@ import argparse
 import gzip
 import io
 import json
+import math
 import random
 import re
 import sys
@@ -39,6 +40,48 @@ class TokenizerError(ValueError):
     """Bad input, said in one sentence; the command line prints it and exits with code 2."""
 
 
+class StrictJson(json.JSONDecoder):
+    """JSON of strangers: ValueError also for NaN, infinity, half a surrogate pair, a name twice in an object, endless nesting."""
+
+    SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+    def __init__(self):
+        super().__init__(object_pairs_hook=self.once, parse_constant=self.finite, parse_float=self.finite)
+
+    @staticmethod
+    def once(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a name stands twice in one object")
+        return found
+
+    @staticmethod
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"{text[:20]} is no number of JSON")
+        return value
+
+    def raw_decode(self, text: str, idx: int = 0) -> tuple[object, int]:
+        """The value that begins at `idx`, and where it ends."""
+        try:
+            value, end = super().raw_decode(text, idx)
+            if self.SURROGATE.search(text, idx, end):
+                json.dumps(value, ensure_ascii=False).encode()  # JSON's "\\ud83d" alone makes a str that UTF-8 cannot hold
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return value, end
+
+
+parse_json = StrictJson().decode
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are one sentence, without the list of all flags before it."""
+
+    def error(self, message: str) -> None:
+        raise TokenizerError(f"{message}; --help lists what there is")
+
+
 class Tokenizer:
     """A SentencePiece model, ours or Meta's: text <-> ids. `pad_id` is -1 in Meta's, which has no pad token."""
 
@@ -47,7 +90,8 @@ class Tokenizer:
         self.path = str(Path(path))
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=self.path)
-        except RuntimeError:
+            self._model.id_to_piece(list(range(len(self._model))))  # a piece that is no UTF-8 fails here, not in mid-text
+        except (RuntimeError, UnicodeDecodeError):
             raise TokenizerError(f"{path} is no SentencePiece model (missing? half a download? a Git LFS pointer?): "
                                  f"copy Meta's or train one: python tokenizer.py train --out {path} FILE...") from None
         self.vocab_size, self.pad_id = self._model.vocab_size(), self._model.pad_id()
@@ -110,7 +154,12 @@ class Tokenizer:
         holds at most `input_sentence_size` lines, a random sample. The same texts and arguments give the same file.
         Raises TokenizerError if there is no text or `vocab_size` does not suit it, and names one that does.
         """
+        if not 0 < vocab_size < 2**31 or not 0 < input_sentence_size < 2**31:
+            raise TokenizerError(f"vocab_size {vocab_size} and input_sentence_size {input_sentence_size} must be above 0 and "
+                                 "below 2^31")
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # fail before the work
+        if Path(path).is_dir():
+            raise TokenizerError(f"{path} is a folder; name a file to write")
         lines = training_lines(texts, input_sentence_size)
         model = io.BytesIO()
         try:
@@ -189,7 +238,7 @@ def dialog_turns(messages: Sequence[dict], escape: bool = False) -> list[tuple[s
             raise TokenizerError(f'message {index} is no object with "role" and "content", both of them text')
         role, content = message.get("role"), message["content"]
         if role not in NEXT_ROLES[previous]:
-            raise TokenizerError(f"message {index} has the role {role!r}, expected {' or '.join(NEXT_ROLES[previous])}")
+            raise TokenizerError(f"message {index} has the role {role!r:.60}, expected {' or '.join(NEXT_ROLES[previous])}")
         content = escape_tags(content) if escape else content
         if tags := [tag for tag in TAGS if tag in content]:
             raise TokenizerError(f"message {index} ({role}) carries the tag {tags[0]}: remove or escape it")
@@ -213,19 +262,20 @@ def read_texts(names: Iterable[str]) -> Iterator[str]:
         try:
             with sys.stdin.buffer if name == "-" else opener(name, "rb") as file:
                 for number, line in enumerate(file, 1):
-                    text = json.loads(line)["text"] if is_json and line.strip() else line.decode()
-                    text.encode()  # half a surrogate pair fails here, with its line number
+                    line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = parse_json(line)["text"] if is_json and line.strip() else line
+                    text.encode()  # AttributeError if it is none
                     yield text
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise TokenizerError(f"{name} is a broken .gz file: {error}") from None
+            raise TokenizerError(f"{name} is a broken .gz file: {error}; fetch it again") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             wanted = 'a JSON object with a "text"' if is_json else "UTF-8 text"
-            raise TokenizerError(f"{name}, line {number} is not {wanted}") from None
+            raise TokenizerError(f"{name}, line {number} is not {wanted}; mend or drop that line") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code, 2 after bad input."""
-    parser = argparse.ArgumentParser(prog="tokenizer.py", description="Train or inspect a Llama 2 tokenizer.")
+    parser = Parser(prog="tokenizer.py", description="Train or inspect a Llama 2 tokenizer.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a model on texts")
     train.add_argument("files", nargs="+", metavar="FILE", help='.txt, .jsonl with "text", .gz, - for stdin')
@@ -240,8 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("--model", default="tokenizer.model", help="the model file to read")
     show.add_argument("--escape", action="store_true", help="escape chat tags instead of refusing them")
     show.add_argument("--color", action="store_true", help="color even if the output is not a terminal")
-    args = parser.parse_args(arguments)
     try:
+        args = parser.parse_args(arguments)
         if args.command == "train":
             Tokenizer.train(read_texts(args.files), args.out, args.vocab_size, TOY_SYMBOLS if args.toy_symbols else (),
                             input_sentence_size=args.input_sentence_size)
@@ -250,12 +300,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tokenizer = Tokenizer(args.model)
         if args.dialog:
             try:
-                messages = json.loads(Path(args.dialog).read_bytes())
+                messages = parse_json(Path(args.dialog).read_text("utf-8-sig"))
             except ValueError as error:
                 raise TokenizerError(f"{args.dialog} is not JSON: {error}") from None
             if not isinstance(messages, list):
                 raise TokenizerError(f"{args.dialog} is not a JSON list of messages")
-            tokens, is_answer = tokenizer.encode_dialog(messages, args.escape)
+            try:
+                tokens, is_answer = tokenizer.encode_dialog(messages, args.escape)
+            except TokenizerError as error:
+                raise TokenizerError(f"{args.dialog}: {error}") from None
         else:
             tokens = tokenizer.encode(args.text, bos=False, eos=False)
             is_answer = [False] * len(tokens)

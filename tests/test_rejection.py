@@ -260,7 +260,7 @@ def test_a_model_keeps_its_fingerprint_when_only_threads_and_intervals_change(mo
 @pytest.mark.parametrize("flags, sentence", [
     (["--helpfulness", "nowhere"], "nowhere: there is no such folder"),
     (["--select", "worst"], "--select is best or random"),
-    (["--version", "0"], "must be at least 1"),
+    (["--version", "0"], "must be a number above 0"),
     (["--prompts", "bad.jsonl"], 'bad.jsonl, line 2: needs a "prompt"'),
     (["--prompts", "none.jsonl"], "none.jsonl"),
 ])
