@@ -321,7 +321,7 @@ def main(settings: Settings) -> None:
         if ranks.rank == 0:
             write_rows(rows, plans, out / "gatt.jsonl")
         dist.barrier(cpu_group())
-        specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, settings.dialogs * 2 // 3, safety=0.06)
+        specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, settings.dialogs // 3, safety=0.06)
         learned = sources([str(out / "gatt.jsonl"), *specs], documents, read_dialogs)
         fine_tune(settings, record, parent, learned, ranks, world if is_toy else None, bad)
 

@@ -2,9 +2,6 @@
 
 Each case goes through the reader or the command line that meets it, in this process. The good files are those of tests/fuzz.py.
 """
-import base64
-import gzip
-import http.server
 import json
 import os
 import pickle
@@ -14,7 +11,6 @@ import struct
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,7 +21,6 @@ import pretrain
 import reward
 import rlhf
 import sft
-import tokenizer as tokenizer_file
 from fuzz import CLEAN, FOX, ROWS, TURNS, good_files, prepare
 from model import Transformer, save_hf
 from pretrain import command_line, save_model
