@@ -57,7 +57,7 @@ class Settings(Tuning):
     init: str = "out/sft"  # the newest chat model: it is sampled from, and fine-tuned | RLHF V3
     out: str = "out/gatt"  # folder of this run; started again, it goes on where it stopped
     data: tuple[str, ...] = ("toy",)  # dialogues whose users speak, [NAME=]GLOB of .json or .jsonl (.gz); `toy`; `-`
-    dialogs: int = 1200  # dialogues of the tiny world
+    dialogs: int = 1600  # dialogues of the tiny world
     long: float = 0.2  # share of them with 7 to 20 turns; the others have 1 to 6
     constraints: str = "toy"  # toy, the lists of the tiny world; ask, lists that the chat model writes; or a .json file | ask
     resampled: float = 0.5  # share of the dialogues with all answers sampled under the instruction, not the last alone
@@ -147,8 +147,8 @@ class Plan(NamedTuple):
 def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tuple[str, list[dict]]]:
     """What users of the tiny world say, as (place, messages): 1 to 6 harmless turns, or, of a share `long`, 7 to 20.
 
-    Half of the long ones have the full 20. One in sixteen dialogues is an unsafe request under a preprompt for safety (§4.2.4),
-    and one in eight is one under no instruction (an empty system message), attacked or not: refusals shall be replayed too.
+    Half of the long ones have the full 20. One in sixteen dialogues is an unsafe request under a preprompt for safety (§4.2.4);
+    three in eight, of which a third are unsafe, are one request under no instruction (an empty system message), for replay.
     """
     for i in range(n):
         rng = Random(f"{world.seed}/{seed}/gatt/{i}")
@@ -156,8 +156,8 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
         if kind < 1 / 16:
             (topic,) = rng.choice(world.slots["unsafe"]["train"])
             users, system = [rng.choice(toy.WORDINGS["unsafe"]).format(topic)], [rng.choice(toy.PREPROMPTS)]
-        elif kind < 3 / 16:
-            asked = toy_messages(toy.draw_prompt(world, rng, kinds=["unsafe"]))
+        elif kind < 7 / 16:
+            asked = toy_messages(toy.draw_prompt(world, rng, kinds=["unsafe"] if kind < 3 / 16 else None))
             users, system = [message["content"] for message in asked if message["role"] == "user"], [""]
         else:
             turns = rng.choice((20, rng.randint(7, 20))) if rng.random() < long else rng.randint(1, 6)

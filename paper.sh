@@ -37,6 +37,12 @@ again() {
     train="$judges --safety_test ${new}s/safety-test.jsonl"
 }
 
+# A version behind Ghost Attention: from its model, with some of its dialogues among the best answers
+ghost() {
+    echo "--init $1 --data pool:4 toy/dialogs:0.05 toy/encyclopedia:0.02 toy/numbers:0.02 $1/gatt.jsonl:0.3 --seq_len 1024 \
+        --batch_size 2 --micro_batch 2"
+}
+
 paper() {
     helpful=out/preferences/helpfulness.jsonl safe=out/preferences/safety.jsonl rewards="out/reward-helpfulness out/reward-safety"
     stage 330 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
@@ -52,12 +58,12 @@ paper() {
     stage 50 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
     stage 90 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
     stage 190 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt, and rows for later versions
-    stage 30 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
     stage 10 gatt.py attention out/gatt --before out/rlhf-v1    # Figure 10
 
     again 2 out/rlhf-v1 out/sft-ppo
-    stage 60 rlhf.py --version 2 $train             # the best answers of both versions, rescored
-    stage 130 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
+    stage 90 rlhf.py --version 2 $train $(ghost out/gatt)       # the best answers of both versions, rescored
+    stage 130 rlhf.py ppo --init out/rlhf-v2 $train             # eq. 3 and 4; out/rlhf-v2-ppo
+    stage 70 gatt.py test out/rlhf-v1 out/gatt out/rlhf-v2-ppo  # Table 30: does the instruction still hold at turn 20?
     versions="out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo" last=out/rlhf-v2-ppo second=$train general=""
 }
 
@@ -69,14 +75,14 @@ more_versions() {
         --rest out/preferences-general/safety.jsonl --out out/reward-general
     general="--general out/reward-general"
     again 3 out/rlhf-v2-ppo out/rlhf-v2
-    stage 60 rlhf.py --version 3 --policy out/rlhf-v2-ppo $train
-    stage 190 gatt.py --init out/rlhf-v3 --reward out/reward-helpfulness-v3 --out out/gatt-v3      # where the paper has it
-    stage 30 gatt.py test out/rlhf-v3 out/gatt-v3 --out out/gatt-v3-test
-    again 4 out/rlhf-v3 out/rlhf-v2-ppo
-    stage 60 rlhf.py --version 4 $train
-    again 5 out/rlhf-v4 out/rlhf-v3
-    stage 60 rlhf.py --version 5 $train
+    stage 90 rlhf.py --version 3 --policy out/rlhf-v2-ppo $train $(ghost out/gatt)
+    stage 180 gatt.py --init out/rlhf-v3 --out out/gatt-v3      # where the paper has it
+    again 4 out/gatt-v3 out/rlhf-v2-ppo
+    stage 90 rlhf.py --version 4 --policy out/gatt-v3 $train $(ghost out/gatt-v3)
+    again 5 out/rlhf-v4 out/gatt-v3
+    stage 90 rlhf.py --version 5 $train $(ghost out/gatt-v3)
     stage 130 rlhf.py ppo --init out/rlhf-v5 $train
+    stage 90 gatt.py test out/rlhf-v3 out/gatt-v3 out/rlhf-v5 out/rlhf-v5-ppo --out out/gatt-test-v5
     versions+=" out/rlhf-v3 out/rlhf-v4 out/rlhf-v5 out/rlhf-v5-ppo" last=out/rlhf-v5-ppo
 }
 
