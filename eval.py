@@ -131,7 +131,7 @@ def which(label: object) -> int:
 
 def choose(prompt: str, texts: list[str], right: list[int], opening: str = "") -> Item:
     """A multiple choice: each text may follow the prompt, after a space."""
-    if not right or not all(0 <= i < len(texts_of(texts)) for i in right):
+    if len(texts_of(texts)) < 2 or not right or not all(0 <= i < len(texts) for i in right):
         raise ValueError(f"the right choices are {right} of {len(texts)}")
     pairs = tuple((prompt, " " + text) for text in texts)
     return Item("".join(pairs[right[0]]) + "\n\n", pairs=pairs, right=tuple(right), opening=opening)
@@ -153,6 +153,8 @@ def stem_and_choices(row: dict) -> tuple[str, list[str], int]:
     choices = row["choices"] if "choices" in row else question["choices"]
     if isinstance(choices, list):
         choices = {key: [choice[key] for choice in choices] for key in ("text", "label")}
+    if len(choices["text"]) != len(texts_of(choices["label"])):
+        raise ValueError("there are not as many labels as choices")
     return stem, choices["text"], choices["label"].index(row["answerKey"].strip())
 
 
@@ -243,7 +245,9 @@ def truthfulqa(row: dict, key: str) -> Item:
         sentences = lambda texts: [text.strip().rstrip(".") + "." for text in texts if text.strip()]  # noqa: E731
         labels = {text: 1 for text in sentences(right)} | {text: 0 for text in sentences(row["Incorrect Answers"].split(";"))}
     else:
-        labels = row[key] if "labels" not in row[key] else dict(zip(row[key]["choices"], row[key]["labels"]))
+        labels = row[key]
+        if "labels" in labels:
+            labels = dict(zip(texts_of(labels["choices"]), labels["labels"], strict=True))
     if not set(labels.values()) <= {0, 1}:
         raise ValueError("the labels are not 0 and 1")
     question = row["question"] if "question" in row else row["Question"]
@@ -284,7 +288,8 @@ def triviaqa(row: dict) -> Item:
     """{"Data": [{"Question", "Answer": {"Value", "Aliases"}}]}; or of each row {"question", "answer": {"value", "aliases"}}"""
     row = {key.lower(): value for key, value in row.items()}
     answer = {key.lower(): value for key, value in row["answer"].items()}
-    return closed_book(row["question"], [answer["value"], *texts_of(answer["aliases"] or [answer["value"]])])
+    aliases = answer["aliases"] if answer["aliases"] == [] else texts_of(answer["aliases"])
+    return closed_book(row["question"], [answer["value"], *aliases])
 
 
 def naturalquestions(row: dict) -> Item:
@@ -411,7 +416,7 @@ TEXTS = set(  # what must be text wherever a benchmark has it; AI2's "question" 
 def check_texts(row: object) -> None:
     """Raise TypeError if a row has something else where a benchmark has text: Python would write it out as if it were one."""
     for key, value in row.items():
-        if isinstance(value, dict) and key == "question":
+        if key == "question" and isinstance(value, dict) and "stem" in value:
             check_texts(value)
         elif key in TEXTS and not isinstance(value, str):
             raise TypeError(f"{key} is {value!r:.40}, no text")

@@ -55,6 +55,8 @@ class ModelConfig:
     def __post_init__(self):
         if min(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.ffn_hidden, self.vocab_size) < 1:
             raise ModelError(f"every size of a model must be at least 1: {self}")
+        if not 0 < self.norm_eps < 1 or not self.rope_theta > 1:
+            raise ModelError(f"norm_eps {self.norm_eps} must lie between 0 and 1, and rope_theta {self.rope_theta} above 1")
         if self.n_layers > 1000:  # such a model can't even be laid out in reasonable time
             raise ModelError(f"n_layers is {self.n_layers}, more than any Llama has")
         if self.dim % (2 * self.n_heads) or self.n_heads % self.n_kv_heads:
@@ -371,6 +373,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
         probs = torch.softmax(logits / temperature, dim=-1)  # (batch, vocab)
         mass = (nucleus(probs, top_p) if top_p < 1 else probs).cumsum(-1, dtype=torch.double)  # (batch, vocab)
         tokens = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (batch, 1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # of NaN it would be one more
     return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
@@ -472,6 +475,8 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
             result = results[alive[j]]
             if len(result.tokens) == room[alive[j]] or (result.tokens and result.tokens[-1] in stop):
                 continue  # finished, and not yet out of the batch
+            if math.isnan(log_prob):
+                raise ModelError("the model computes no numbers any more; its weights are damaged, or too large for their type")
             result.tokens.append(token)
             result.log_probs.append(log_prob)
             if on_token:
@@ -667,10 +672,10 @@ def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     plain_rope = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
     for what, is_so in {
-        f"is a {hf.get('model_type')} model": hf.get("model_type") != "llama",
+        f"has the model_type {hf.get('model_type')!r:.60}": hf.get("model_type") != "llama",
         "scales its rotary positions": not plain_rope,
         "has biases": hf.get("attention_bias") or hf.get("mlp_bias"),
-        f"has {hf.get('hidden_act')} in place of silu": hf.get("hidden_act", "silu") != "silu",
+        f"has {hf.get('hidden_act')!r:.60} in place of silu": hf.get("hidden_act", "silu") != "silu",
         "is quantised": hf.get("quantization_config"),
     }.items():
         if is_so:

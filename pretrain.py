@@ -420,7 +420,7 @@ def read_documents(file: str) -> Iterator[str]:
             if line.strip():
                 try:
                     text = parse_json(line)["text"]
-                    text.encode()  # half a surrogate pair is no text
+                    text.encode()  # AttributeError if it is none
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise InputError(f'{file}, line {number}: each line must be a JSON object with a "text" string; mend or '
                                      "drop that line") from None
@@ -845,8 +845,8 @@ def read_checkpoint(folder: str | Path, state: dict[str, Tensor]) -> dict:
             dcp.load(state, storage_reader=SafeReader(folder), process_group=cpu_group() if dist.is_initialized() else None,
                      no_dist=not dist.is_initialized())
         progress = json.loads(Path(folder, "progress.json").read_text())
-        if type(progress["step"]) is not int:
-            raise ValueError("progress.json counts no steps")
+        if progress["step"] != int(Path(folder).name.removeprefix("step-")):
+            raise ValueError("progress.json counts other steps")
         for name, tensor in state.items():
             if not (tensor.to_local() if isinstance(tensor, DTensor) else tensor).isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
@@ -891,8 +891,8 @@ def saved_shape(out: str | Path) -> tuple[ModelConfig, Path]:
     saved = saved_sizes(newest)
     layers = [int(found[1]) for name in saved if (found := re.match(r"model/weights/layers\.(\d{1,9})\.", name))]
     if config.n_layers != len(set(layers)):
-        raise InputError(f"{out}/config.json: n_layers is {config.n_layers}, not {len(set(layers))} as {newest.name} has; put the right one "
-                         "back")
+        raise InputError(f"{out}/config.json: n_layers is {config.n_layers}, not {len(set(layers))} as in {newest.name}; put the "
+                         "right one back")
     with torch.device("meta"):
         shapes = {f"model/weights/{name}": p.shape for name, p in Transformer(config).named_parameters()}
     check_sizes(newest, saved, {name: shape for name, shape in shapes.items() if "/output." not in name})
@@ -951,7 +951,8 @@ def read_config(out: str | Path) -> dict:
     except ValueError:
         config = None
     kinds = {"stage": str, "settings": dict, "model": dict, "threads": int}
-    if not isinstance(config, dict) or not all(type(config.get(name)) is kind for name, kind in kinds.items()):
+    is_ours = isinstance(config, dict) and all(type(config.get(name)) is kind for name, kind in kinds.items())
+    if not is_ours or not 0 <= config["threads"] < 2**15:
         raise InputError(f"{path} was not written by this project, or is damaged; take another folder")
     return config
 

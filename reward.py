@@ -204,7 +204,7 @@ def read_pairs(files: tuple[str, ...]) -> tuple[list[dict], Counter]:
             try:
                 found = comparisons(record)
             except (InputError, TokenizerError) as error:
-                raise InputError(f"{place}: {error}") from None
+                raise InputError(f"{place}: {error}; mend or drop the row") from None
             pairs += [pair for pair in found if not unusable(pair)]
             dropped.update(filter(None, map(unusable, found)))
     return pairs, dropped
@@ -823,7 +823,9 @@ def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
     return [prompt | {"world": settings.world} for prompt in found]
 
 
-PROMPT_KEYS = {"unsafe": bool, "id": str | int, "kind": str, "category": str, "template": str}  # what may stand beside a prompt
+PROMPT_KEYS = {  # what may stand beside a prompt
+    "unsafe": (bool, "true or false"), "id": (str | int, "text or a number"), "kind": (str, "text"), "category": (str, "text"),
+    "template": (str, "text")}
 
 
 def file_prompts(file: str) -> list[dict]:
@@ -837,11 +839,11 @@ def file_prompts(file: str) -> list[dict]:
                 raise record
             if not isinstance(record, dict) or "prompt" not in record or dialog_turns(toy_messages(record))[-1][1] is not None:
                 raise InputError('needs a "prompt", a text or messages of which the user has the last')
-            for key, kind in PROMPT_KEYS.items():
+            for key, (kind, name) in PROMPT_KEYS.items():
                 if not isinstance(record.get(key), kind | None):
-                    raise InputError(f'"{key}" is {record[key]!r:.60}, not {kind}; mend it, or leave it out')
+                    raise InputError(f'"{key}" is {record[key]!r:.60}, not {name}')
         except (TokenizerError, InputError) as error:
-            raise InputError(f"{place}: {error}") from None
+            raise InputError(f"{place}: {error}; mend or drop the row") from None
         found.append(record)
     return found
 

@@ -151,7 +151,7 @@ def messages_of(row: object) -> list[dict]:
         raise InputError('has no "messages", "conversations", "instruction" or "prompt"')
     if not isinstance(messages, list):
         raise InputError("its messages are no list")
-    return ([{"role": "system", "content": row["system"]}] if row.get("system") else []) + messages
+    return ([{"role": "system", "content": row["system"]}] if row.get("system") not in (None, "") else []) + messages
 
 
 def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str, list[dict] | tuple[list[int], list[bool]]]]:
@@ -165,11 +165,9 @@ def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str,
             continue
         try:
             messages = messages_of(row)
-            turns = dialog_turns(messages)
-            "".join(text or "" for turn in turns for text in turn).encode()  # half a surrogate pair is no text
-            if turns[0][1] is None:
+            if dialog_turns(messages)[0][1] is None:
                 raise InputError("has no answer to learn from")
-        except (InputError, TokenizerError, UnicodeEncodeError) as error:
+        except (InputError, TokenizerError) as error:
             if bad is None:
                 raise InputError(f"{place}: {error}; mend the row, or leave such rows out with --skip_bad_rows") from None
             bad.append(f"{place}: {error}")
@@ -378,7 +376,7 @@ def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_toke
 def toy_messages(prompt: dict) -> list[dict]:
     """A prompt of toy.py as messages."""
     text, system = prompt["prompt"], prompt.get("system")
-    return [{"role": "system", "content": system}] * bool(system) + (
+    return [{"role": "system", "content": system}] * (system not in (None, "")) + (
         text if isinstance(text, list) else [{"role": "user", "content": text}])
 
 

@@ -41,7 +41,9 @@ class TokenizerError(ValueError):
 
 
 class StrictJson(json.JSONDecoder):
-    """JSON of strangers: ValueError also for NaN, infinity, a name that stands twice in an object, and a nesting without end."""
+    """JSON of strangers: ValueError also for NaN, infinity, half a surrogate pair, a name twice in an object, endless nesting."""
+
+    SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
     def __init__(self):
         super().__init__(object_pairs_hook=self.once, parse_constant=self.finite, parse_float=self.finite)
@@ -62,9 +64,12 @@ class StrictJson(json.JSONDecoder):
     def raw_decode(self, text: str, idx: int = 0) -> tuple[object, int]:
         """The value that begins at `idx`, and where it ends."""
         try:
-            return super().raw_decode(text, idx)
+            value, end = super().raw_decode(text, idx)
+            if self.SURROGATE.search(text, idx, end):
+                json.dumps(value, ensure_ascii=False).encode()  # JSON's "\\ud83d" alone makes a str that UTF-8 cannot hold
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
+        return value, end
 
 
 parse_json = StrictJson().decode
@@ -85,7 +90,8 @@ class Tokenizer:
         self.path = str(Path(path))
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=self.path)
-        except RuntimeError:
+            self._model.id_to_piece(list(range(len(self._model))))  # a piece that is no UTF-8 fails here, not in mid-text
+        except (RuntimeError, UnicodeDecodeError):
             raise TokenizerError(f"{path} is no SentencePiece model (missing? half a download? a Git LFS pointer?): "
                                  f"copy Meta's or train one: python tokenizer.py train --out {path} FILE...") from None
         self.vocab_size, self.pad_id = self._model.vocab_size(), self._model.pad_id()
@@ -232,7 +238,7 @@ def dialog_turns(messages: Sequence[dict], escape: bool = False) -> list[tuple[s
             raise TokenizerError(f'message {index} is no object with "role" and "content", both of them text')
         role, content = message.get("role"), message["content"]
         if role not in NEXT_ROLES[previous]:
-            raise TokenizerError(f"message {index} has the role {role!r}, expected {' or '.join(NEXT_ROLES[previous])}")
+            raise TokenizerError(f"message {index} has the role {role!r:.60}, expected {' or '.join(NEXT_ROLES[previous])}")
         content = escape_tags(content) if escape else content
         if tags := [tag for tag in TAGS if tag in content]:
             raise TokenizerError(f"message {index} ({role}) carries the tag {tags[0]}: remove or escape it")
@@ -258,7 +264,7 @@ def read_texts(names: Iterable[str]) -> Iterator[str]:
                 for number, line in enumerate(file, 1):
                     line = line.decode("utf-8-sig" if number == 1 else "utf-8")
                     text = parse_json(line)["text"] if is_json and line.strip() else line
-                    text.encode()  # half a surrogate pair fails here, with its line number
+                    text.encode()  # AttributeError if it is none
                     yield text
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise TokenizerError(f"{name} is a broken .gz file: {error}; fetch it again") from None
