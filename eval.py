@@ -438,7 +438,7 @@ def read_items(name: str, pattern: str) -> list[Item]:
                 why = f"is no row of {name} ({type(error).__name__} {error})"
                 raise InputError(f"{place}: {row if isinstance(row, InputError) else why}; expected {read.__doc__}") from None
     if not items:
-        raise InputError(f"{pattern}: the file is empty")
+        raise InputError(f"{pattern}: the file is empty; fetch it again")
     return items
 
 

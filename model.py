@@ -551,6 +551,14 @@ def number(path: Path, values: dict, key: str, kind: type = int, default: float 
     return value
 
 
+def config_of(path: Path, *values: float) -> ModelConfig:
+    """The shape that a file tells; ModelError names the file if there is no such shape."""
+    try:
+        return ModelConfig(*values)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}; fetch the file again") from None
+
+
 def import_safetensors():
     """The safetensors package, or a sentence on how to get it."""
     try:
@@ -628,7 +636,8 @@ def meta_weights(folder: str | Path, max_seq_len: int = 4096) -> tuple[ModelConf
         raise ModelError(f"{path} scales its rotary positions (Llama 3.1), which a Llama 2 does not; it can't be read as one")
     files = sorted(folder.glob("consolidated.*.pth"))
     if not files or [f.name for f in files] != [f"consolidated.{i:02d}.pth" for i in range(len(files))]:
-        raise ModelError(f"{folder}: consolidated.00.pth and its successors are not all there: {[f.name for f in files]}")
+        raise ModelError(f"{folder}: consolidated.00.pth and its successors are not all there: {[f.name for f in files]}; "
+                         "fetch the others")
     shards = [open_weights(file) for file in files]
     first = [shards[0].get(name) for name in ("layers.0.feed_forward.w1.weight", "output.weight")]
     if any(weight is None or weight.ndim != 2 for weight in first):
@@ -638,9 +647,9 @@ def meta_weights(folder: str | Path, max_seq_len: int = 4096) -> tuple[ModelConf
         raise ModelError(f"{path}: vocab_size is {params['vocab_size']!r:.60}, not {vocab_size} as the weights have; is a file "
                          "missing?")
     n_heads = number(path, params, "n_heads")
-    config = ModelConfig(number(path, params, "dim"), number(path, params, "n_layers"), n_heads,
-                         number(path, params, "n_kv_heads", default=n_heads), ffn_hidden, vocab_size, max_seq_len,
-                         number(path, params, "norm_eps", float, 1e-5), number(path, params, "rope_theta", float, 10000.0))
+    config = config_of(path, number(path, params, "dim"), number(path, params, "n_layers"), n_heads,
+                       number(path, params, "n_kv_heads", default=n_heads), ffn_hidden, vocab_size, max_seq_len,
+                       number(path, params, "norm_eps", float, 1e-5), number(path, params, "rope_theta", float, 10000.0))
     return config, whole_weights(folder, config, shards, lambda name: name)
 
 
@@ -683,8 +692,8 @@ def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
     dim, n_heads = number(path, hf, "hidden_size"), number(path, hf, "num_attention_heads")
     if number(path, hf, "head_dim", float, dim / n_heads) != dim / n_heads:
         raise ModelError(f"{path} has heads of {hf['head_dim']}, not {dim} / {n_heads}; it can't be read as a Llama 2")
-    config = ModelConfig(  # what is missing has the value that transformers gives it
-        dim, number(path, hf, "num_hidden_layers"), n_heads, number(path, hf, "num_key_value_heads", default=n_heads),
+    config = config_of(  # what is missing has the value that transformers gives it
+        path, dim, number(path, hf, "num_hidden_layers"), n_heads, number(path, hf, "num_key_value_heads", default=n_heads),
         number(path, hf, "intermediate_size"), number(path, hf, "vocab_size"),
         number(path, hf, "max_position_embeddings", default=2048), number(path, hf, "rms_norm_eps", float, 1e-6),
         number(path, hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}, "rope_theta", float, 10000.0))
@@ -842,7 +851,8 @@ def read_any(folder: str) -> tuple[ModelConfig, Callable, str]:
     elif (here / "config.json").exists():
         config, weight_of = hf_weights(here)
     else:
-        raise ModelError(f"{folder} holds no weights that are known here: no params.json, no config.json, no step-* folder")
+        raise ModelError(f"{folder} holds no weights that are known here: no params.json, no config.json, no step-* folder; "
+                         "name one that does")
     return config, weight_of, tokenizer_beside(here, config)
 
 

@@ -48,8 +48,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import toy
-from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Parser, Transformer, count_parameters, generate,
-                   initial_weight, number, read_any, tokenizer_beside, with_vocab)
+from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Parser, Transformer, config_of, count_parameters,
+                   generate, initial_weight, number, read_any, tokenizer_beside, with_vocab)
 from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -225,7 +225,7 @@ def start(settings) -> Ranks:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % settings.replicas:
-        raise InputError(f"--replicas {settings.replicas} does not divide the {world_size} ranks")
+        raise InputError(f"--replicas {settings.replicas} must divide the number of ranks, {world_size}")
     threads = settings.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     before = read_config(settings.out) if settings.resume else {}
     if before.get("world_size") == world_size and not settings.threads:
@@ -340,7 +340,7 @@ def sources(specs: Iterable[str], embedded: dict[str, tuple[Callable, str]], rea
         if pattern in embedded:
             documents, fingerprint = embedded[pattern]
         elif pattern.startswith("toy/"):
-            raise InputError(f"--data {spec}: the tiny world has {', '.join(embedded)}")
+            raise InputError(f"--data {spec}: the tiny world has no such part; take {', '.join(embedded)}")
         else:
             files = [stdin] if pattern == "-" else sorted(glob.glob(pattern))
             if not files:
@@ -356,7 +356,7 @@ def sources(specs: Iterable[str], embedded: dict[str, tuple[Callable, str]], rea
             raise InputError(f"--data {spec}: a source named {name} is there already; write NAME={pattern}")
         found.append(Source(name, documents, float(epochs), fingerprint, shards))
     if not sum(source.epochs for source in found) > 0:
-        raise InputError("--data: every source has 0 epochs, so there is nothing to learn")
+        raise InputError("--data: every source has 0 epochs, so there is nothing to learn; give one of them more")
     return found
 
 
@@ -458,7 +458,9 @@ def prepare(found: list[Source], settings: Settings, ranks: Ranks) -> tuple[Path
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "tokenizer.model").exists():
             if settings.tokenizer:
-                Tokenizer(settings.tokenizer)  # says so if it is not one
+                vocab_size = Tokenizer(settings.tokenizer).vocab_size  # says so if it is not one
+                for shard in (Path(shard) for source in found for shard in source.shards):
+                    check_ids(shard, shard_tokens(shard)[: 2**20], vocab_size)  # the others when they are read
                 replace_file(folder / "tokenizer.model", Path(settings.tokenizer).read_bytes())
             else:
                 train_tokenizer(found, folder / "tokenizer.model", settings)
@@ -549,11 +551,19 @@ def shard_tokens(part: Path) -> np.ndarray:
     return mapped(part, np.uint16 if part.suffix == ".u16" else np.uint32)
 
 
+def check_ids(file: Path, ids: np.ndarray, vocab_size: int) -> None:
+    """Raise InputError if ids of a shard are outside the vocabulary."""
+    if ids.max(initial=0) >= vocab_size:
+        raise InputError(f"{file}: holds the token id {ids.max()}, outside the vocabulary of {vocab_size}; was it made with "
+                         "another tokenizer?")
+
+
 def shard_ends(part: Path) -> np.ndarray:
     """Where each document of a shard ends, in tokens: a memory map of uint64."""
     path = part.with_suffix(".ends")
     if not path.exists():
-        raise InputError(f"{part}: the file {path.name} beside it is missing, so its documents can't be told apart")
+        raise InputError(f"{part}: the file {path.name} beside it is missing, so its documents can't be told apart; "
+                         "put it back")
     return mapped(path, np.uint64)
 
 
@@ -616,7 +626,7 @@ class Mixture(Rows):
         self.tokens = [shard_tokens(file) for file in self.files]
         self.doc_ends = [shard_ends(file) for file in self.files]
         for file, tokens, ends in zip(self.files, self.tokens, self.doc_ends):
-            if ends[-1] != len(tokens) or not (ends[:-1] < ends[1:]).all():
+            if not ends[0] or ends[-1] != len(tokens) or not (ends[:-1] < ends[1:]).all():
                 raise InputError(f"{file}: its .ends file does not cut its {len(tokens)} tokens into documents; make the shard "
                                  "again")
         n_docs = [len(ends) for ends in self.doc_ends]
@@ -664,9 +674,7 @@ class Mixture(Rows):
             shard_end = int(self.doc_ends[part][number - self.first[part]])  # where the document ends in its shard
             stop = min(end, doc_end)
             piece = self.tokens[part][shard_end - (doc_end - at) : shard_end - (doc_end - stop)]
-            if piece.max(initial=0) >= self.vocab_size:
-                raise InputError(f"{self.files[part]}: holds the token id {piece.max()}, outside the vocabulary of "
-                                 f"{self.vocab_size}; was it made with another tokenizer?")
+            check_ids(self.files[part], piece, self.vocab_size)
             row[at - begin : stop - begin] = piece
             at, place = stop, place + 1
         return row
@@ -879,7 +887,7 @@ def stored_weights(out: str | Path) -> tuple[ModelConfig, Callable]:
 def shape_of(out: str | Path) -> ModelConfig:
     """The shape of a run of ours, as its config.json tells it; ModelError if it tells none that makes sense."""
     path, model = Path(out, "config.json"), read_config(out).get("model", {})
-    return ModelConfig(**{field.name: number(path, model, field.name, field.type) for field in fields(ModelConfig)})
+    return config_of(path, *(number(path, model, field.name, field.type) for field in fields(ModelConfig)))
 
 
 def saved_shape(out: str | Path) -> tuple[ModelConfig, Path]:
@@ -937,7 +945,8 @@ def fingerprint(out: str | Path) -> str:
         raise InputError(f"--init {out}: there is no checkpoint in it")
     settings = {name: value for name, value in config["settings"].items() if name not in FREE}
     made_of = [config["stage"], settings, config["model"], config.get("data"), config.get("parent_fingerprint")]
-    content = json.dumps(made_of, sort_keys=True).encode() + Path(found[-1], "progress.json").read_bytes()
+    with undamaged(found[-1]):
+        content = json.dumps(made_of, sort_keys=True).encode() + Path(found[-1], "progress.json").read_bytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -1090,7 +1099,7 @@ def locked(out: str, ranks: Ranks) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(out) == [".lock"]:  # a run that was refused leaves nothing behind
+            if not any(path.is_file() and path.name != ".lock" for path in Path(out).rglob("*")):  # it was refused
                 shutil.rmtree(out)
 
 
@@ -1397,7 +1406,7 @@ def main(settings: Settings) -> None:
         raise InputError("--init brings its own shape; drop --n_kv_heads and --ffn_multiplier (model.py convert pools heads)")
     config = parent.config if parent else ablated(PRESETS[settings.preset], settings.n_kv_heads, settings.ffn_multiplier)
     if settings.seq_len > config.max_seq_len:
-        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {config.max_seq_len}")
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context; take {config.max_seq_len} at most")
     if settings.init and settings.tokenizer:
         raise InputError("--init brings its own tokenizer; drop --tokenizer")
     if settings.tokenizer and not os.path.isfile(settings.tokenizer):

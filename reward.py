@@ -434,7 +434,7 @@ def main(settings: Settings) -> None:
     parent = parent_of(settings.init)
     config, tokenizer = parent.config, Tokenizer(parent.tokenizer)
     if settings.seq_len > config.max_seq_len:
-        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {config.max_seq_len}")
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context; take {config.max_seq_len} at most")
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
@@ -770,7 +770,8 @@ def load_speakers(folders: list[str], ranks: Ranks) -> list[Speaker]:
     for folder in folders:
         config, weight_of, tokenizer = read_any(folder)
         if speakers and file_fingerprint(tokenizer) != file_fingerprint(speakers[0].tokenizer.path):
-            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common")
+            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common; "
+                             "name models of one tokenizer")
         model = load_weights(config, weight_of, dtype).to(ranks.device).eval()
         speakers.append(Speaker(folder, model, Tokenizer(tokenizer), run_config(folder)["stage"] == "pretrain"))
     return speakers

@@ -125,7 +125,8 @@ def parents_of(folders: list[str]) -> dict[str, Parent]:
     parents = {folder: parent_of(folder) for folder in folders}
     for folder, parent in parents.items():
         if file_fingerprint(parent.tokenizer) != file_fingerprint(parents[folders[0]].tokenizer):
-            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common")
+            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common; "
+                             "name models of one tokenizer")
     return parents
 
 
@@ -906,7 +907,8 @@ def ppo(settings: Ppo) -> None:
     parent, judges = parent_of(settings.init), {name: parent_of(name) for name in (settings.helpfulness, settings.harmlessness)}
     for name, judge in judges.items():
         if file_fingerprint(judge.tokenizer) != file_fingerprint(parent.tokenizer):
-            raise InputError(f"{name} has another tokenizer than {settings.init}; their answers have no ids in common")
+            raise InputError(f"{name} has another tokenizer than {settings.init}; their answers have no ids in common; "
+                             "name models of one tokenizer")
     if settings.seq_len > parent.config.max_seq_len or settings.max_new_tokens >= settings.seq_len:
         raise InputError(f"--seq_len {settings.seq_len} must be above --max_new_tokens {settings.max_new_tokens}, and at most "
                          f"{parent.config.max_seq_len}, the model's context")
@@ -1100,7 +1102,8 @@ def unsafe_prompts(settings: Distill) -> list[dict]:
         tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} distill".encode()), unsafe=1.0)
     unsafe = [prompt for prompt in found if prompt.get("unsafe")]
     if not unsafe:
-        raise InputError(f'{settings.prompts}: no prompt is tagged "unsafe": true, and helpful ones are never distilled')
+        raise InputError(f'{settings.prompts}: no prompt is tagged "unsafe": true, and helpful ones are never distilled; tag '
+                         "those that are")
     return unsafe
 
 

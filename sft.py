@@ -88,7 +88,7 @@ def read_rows(file: str) -> Iterator[tuple[str, object]]:
     lines = read_lines(file)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
-        raise InputError(f"{file}: the file is empty")
+        raise InputError(f"{file}: the file is empty; fetch it again")
     if not first[1].lstrip().startswith("["):
         for number, line in chain([first], lines):
             if line.strip():
@@ -321,7 +321,7 @@ def prepare(found: list[Source], tokenizer: Tokenizer, settings: Settings, bad: 
             print(f"left out: {error}", file=sys.stderr)
         if not tokens:
             raise InputError(f"--data {' '.join(settings.data)}: no dialogue is left to learn from; {len(bad or [])} rows are "
-                             f"bad, {dropped} longer than --seq_len {settings.seq_len}")
+                             f"bad, {dropped} longer than --seq_len {settings.seq_len}; give others")
         path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez(content, tokens=np.concatenate(tokens), is_answer=np.concatenate(is_answer), ends=np.array(ends),
@@ -450,7 +450,8 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
     it shall be made. bad: where a source notes bad rows. The stages after SFT fine-tune through here too.
     """
     if settings.seq_len > parent.config.max_seq_len:
-        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context of {parent.config.max_seq_len}")
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context; take "
+                         f"{parent.config.max_seq_len} at most")
     out, tokenizer = Path(settings.out), Tokenizer(parent.tokenizer)
     with rank_0_first(ranks):
         dialogs = prepare(found, tokenizer, settings, bad)

@@ -302,13 +302,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 messages = parse_json(Path(args.dialog).read_text("utf-8-sig"))
             except ValueError as error:
-                raise TokenizerError(f"{args.dialog} is not JSON: {error}") from None
+                raise TokenizerError(f"{args.dialog} is not JSON: {error}; mend it") from None
             if not isinstance(messages, list):
-                raise TokenizerError(f"{args.dialog} is not a JSON list of messages")
+                raise TokenizerError(f"{args.dialog} is not a JSON list of messages; write one")
             try:
                 tokens, is_answer = tokenizer.encode_dialog(messages, args.escape)
             except TokenizerError as error:
-                raise TokenizerError(f"{args.dialog}: {error}") from None
+                raise TokenizerError(f"{args.dialog}: {error}; mend it") from None
         else:
             tokens = tokenizer.encode(args.text, bos=False, eos=False)
             is_answer = [False] * len(tokens)
