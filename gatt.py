@@ -420,6 +420,8 @@ def test(settings: Test) -> None:
         raise InputError(f"--turns {' '.join(settings.turns)}: they are numbers from 1, as in --turns 1 2 6 20")
     turns, out = sorted(map(int, settings.turns)), Path(settings.out)
     claim(out, "gatt-test")
+    for run in settings.runs:
+        parent_of(run)  # a wrong one is refused before the long work
     world = tiny_world(world_of(settings.runs[0]) if settings.world is None else settings.world)
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict] = {}

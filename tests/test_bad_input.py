@@ -21,7 +21,7 @@ import pretrain
 import reward
 import rlhf
 import sft
-from fuzz import CLEAN, FOX, ROWS, TURNS, good_files, prepare
+from fuzz import CLEAN, FOX, ROWS, TURNS, fuzz, good_files, prepare
 from model import Transformer, save_hf
 from pretrain import command_line, save_model
 from tokenizer import Tokenizer
@@ -372,7 +372,7 @@ GOOD = {  # flags that a command needs before it meets the bad one
     "pretrain.py": "--data {base}/eggs.txt", "sft.py": "--init {base}/run --data {base}/chat.jsonl", "reward.py": "--init {base}/run --data {base}/pairs.jsonl --seq_len 64",
     "rlhf.py": "--init {base}/run --policy {base}/run --helpfulness {base}/judge --harmlessness {base}/judge --threshold 0.1",
     "rlhf.py ppo": "--init {base}/run --helpfulness {base}/judge --harmlessness {base}/judge --threshold 0.1 --seq_len 64 --max_new_tokens 16",
-    "rlhf.py curves": "{base}/run --helpfulness {base}/judge --harmlessness {base}/judge", "rlhf.py distill": "--init {base}/run --harmlessness {base}/judge",
+    "rlhf.py curves": "--helpfulness {base}/judge --harmlessness {base}/judge {base}/run", "rlhf.py distill": "--init {base}/run --harmlessness {base}/judge",
     "gatt.py": "--init {base}/run --reward {base}/judge", "gatt.py test": "{base}/run", "gatt.py attention": "{base}/run --before {base}/run", "sft.py chat": "{base}/run",
     "reward.py collect": "--a {base}/run --b {base}/run", "reward.py stats": "{base}/pairs.jsonl --tokenizer {base}/tokenizer.model", "reward.py eval": "{base}/judge --helpfulness {base}/pairs.jsonl --safety {base}/pairs.jsonl",
     "eval.py tasks": "{base}/run", "eval.py perplexity": "{base}/run {base}/eggs.txt", "eval.py curves": "{base}/run", "eval.py facts": "{base}/run",
@@ -417,7 +417,9 @@ BAD_FLAGS = [  # command, flags, what the sentence must say
     ("eval.py tasks", "--task moon=x", "moon"), ("eval.py tasks", "--task gsm8k", "gsm8k"), ("eval.py tasks", "--task gsm8k=nowhere.jsonl", "nowhere"), ("eval.py tasks", "--task gsm8k={base}/chat.jsonl", "line 1"),
     ("eval.py tasks", "--task gsm8k={base}/a gsm8k={base}/b", "twice"), ("eval.py tasks", "--task ../x={base}/chat.jsonl", "../x"), ("eval.py tasks", "--task gsm8k={base}/eggs.txt", ".jsonl"),
     ("eval.py tasks", "--shots -1", "--shots"), ("eval.py tasks", "--limit 0", "--limit"), ("eval.py tasks", "--samples 0", "--samples"), ("eval.py tasks", "--seconds inf", "--seconds"),
-    ("eval.py perplexity", "{base}/empty.txt", "empty"), ("eval.py perplexity", "nowhere.txt", "nowhere"), ("eval.py curves", "{base}/judge", "metrics.jsonl"), ("eval.py facts", "nowhere", "nowhere"),
+    ("eval.py perplexity", "{base}/empty.txt", "empty"), ("eval.py perplexity", "nowhere.txt", "nowhere"), ("eval.py curves", "{base}/judge", "metrics.jsonl"), ("eval.py versions", "nowhere", "nowhere"), ("eval.py versions", "--against nowhere", "nowhere"), ("eval.py facts", "nowhere", "nowhere"), ("gatt.py test", "nowhere", "nowhere"), ("eval.py diversity", "nowhere", "nowhere"),
+    ("eval.py safety", "nowhere", "nowhere"), ("eval.py curves", "nowhere", "nowhere"), ("rlhf.py curves", "nowhere", "nowhere"), ("reward.py eval", "nowhere", "nowhere"),
+   
     ("eval.py facts", "--against {base}/run {base}/run", "--against"), ("eval.py versions", "--general nowhere", "nowhere"), ("eval.py versions", "--n_prompts 0", "--n_prompts"),
     ("eval.py judge", "--judge oracle", "oracle"), ("eval.py judge", "--judge http://127.0.0.1:1/v1", "--judge_model"), ("eval.py judge", "--judge http://me:secret@127.0.0.1/v1 --judge_model x", "user"),
     ("eval.py judge", "--judge http://127.0.0.1/v1?key=secret --judge_model x", "query"), ("eval.py judge", "--axis beauty", "beauty"), ("eval.py judge", "--prompts {base}/prompts.jsonl", "another --judge"),
@@ -537,3 +539,8 @@ def test_names_in_data_write_nothing_outside_of_out(files, tmp_path, capsys, mon
         "--max_new_tokens", "2", "--threads", "1", "--out", str(tmp_path / "deep" / "out")])
     assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()} == {"p.jsonl", "deep"} and tree(files) == before
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "out"]
+
+
+def test_two_hundred_damaged_files_of_every_format_are_read_or_refused_with_a_sentence():
+    counts, failures = fuzz(200, seed=1)
+    assert not failures and min(counts["read"], counts["refused"]) > 10 and counts.total() == 200
