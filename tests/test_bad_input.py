@@ -295,7 +295,7 @@ BAD_FOLDERS = [  # format, file, its new content, what the sentence must say
     ("run", "config.json", None, "config.json"), ("run", "config.json", b"{", "config.json"), ("run", "config.json", b"[]", "config.json"), ("run", "config.json", change(model=None), "config.json"),
     ("run", "config.json", change(model=[]), "config.json"), ("run", "config.json", change(settings=7), "config.json"), ("run", "config.json", change(threads="x"), "config.json"),
     ("run", "config.json", inside("model", dim=None), "dim"), ("run", "config.json", inside("model", dim="32"), "dim"), ("run", "config.json", inside("model", dim=64), "shape"),
-    ("run", "config.json", inside("model", n_layers=10**7), "2"), ("run", "config.json", inside("model", n_layers=1), "2"), ("run", "config.json", inside("model", n_kv_heads=3), "n_kv_heads"),
+    ("run", "config.json", inside("model", n_layers=10**7), "n_layers"), ("run", "config.json", inside("model", n_layers=1), "n_layers"), ("run", "config.json", inside("model", n_kv_heads=3), "n_kv_heads"),
     ("run", "config.json", inside("model", vocab_size=10**7), "shape"), ("run", "config.json", inside("model", max_seq_len=10**12), "max_seq_len"), ("run", "config.json", inside("model", norm_eps=0), "norm_eps"),
     ("run", "config.json", inside("settings", world="x"), "world"), ("run", "config.json", inside("settings", world=-1), "world"), ("run", "config.json", inside("settings", world=[0]), "world"),
     ("run", "step-000000/.metadata", b"", "damaged"), ("run", "step-000000/.metadata", None, "damaged"), ("run", "step-000000/.metadata", b"fox", "damaged"),
@@ -419,7 +419,6 @@ BAD_FLAGS = [  # command, flags, what the sentence must say
     ("eval.py tasks", "--shots -1", "--shots"), ("eval.py tasks", "--limit 0", "--limit"), ("eval.py tasks", "--samples 0", "--samples"), ("eval.py tasks", "--seconds inf", "--seconds"),
     ("eval.py perplexity", "{base}/empty.txt", "empty"), ("eval.py perplexity", "nowhere.txt", "nowhere"), ("eval.py curves", "{base}/judge", "metrics.jsonl"), ("eval.py versions", "nowhere", "nowhere"), ("eval.py versions", "--against nowhere", "nowhere"), ("eval.py facts", "nowhere", "nowhere"), ("gatt.py test", "nowhere", "nowhere"), ("eval.py diversity", "nowhere", "nowhere"),
     ("eval.py safety", "nowhere", "nowhere"), ("eval.py curves", "nowhere", "nowhere"), ("rlhf.py curves", "nowhere", "nowhere"), ("reward.py eval", "nowhere", "nowhere"),
-   
     ("eval.py facts", "--against {base}/run {base}/run", "--against"), ("eval.py versions", "--general nowhere", "nowhere"), ("eval.py versions", "--n_prompts 0", "--n_prompts"),
     ("eval.py judge", "--judge oracle", "oracle"), ("eval.py judge", "--judge http://127.0.0.1:1/v1", "--judge_model"), ("eval.py judge", "--judge http://me:secret@127.0.0.1/v1 --judge_model x", "user"),
     ("eval.py judge", "--judge http://127.0.0.1/v1?key=secret --judge_model x", "query"), ("eval.py judge", "--axis beauty", "beauty"), ("eval.py judge", "--prompts {base}/prompts.jsonl", "another --judge"),
