@@ -911,6 +911,8 @@ def facts(settings: Facts) -> None:
     """Print P(true) and greedy accuracy of each run, with intervals over facts; with `against`, the differences."""
     if settings.against and len(settings.against) != len(settings.runs):
         raise InputError(f"--against names {len(settings.against)} runs for {len(settings.runs)}; the pairs must match")
+    for run in settings.runs + settings.against:
+        parent_of(run)  # a wrong one is refused before the work
     print(f"{'run':28} {'P(true) of {true, myth}':26} {'greedy, facts with a myth':26} greedy, others")
     found: dict[str, list[dict]] = {}
     for run in settings.runs + settings.against:

@@ -42,7 +42,7 @@ from torch import Tensor
 
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
-from pretrain import (COLOURS, InputError, command_line, cpu_group, interval, load_model, locked, open_run, parent_of,
+from pretrain import (COLOURS, InputError, claim, command_line, cpu_group, interval, load_model, locked, open_run, parent_of,
                       replace_file, sources, spool_stdin, start, tiny_world, world_of)
 from reward import RewardModel, Speaker, in_parts, load_speakers, picture, score_rows, whiskers
 from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
@@ -433,6 +433,9 @@ def test(settings: Test) -> None:
     if not all(turn.isdecimal() and int(turn) for turn in settings.turns):
         raise InputError(f"--turns {' '.join(settings.turns)}: they are numbers from 1, as in --turns 1 2 6 20")
     turns, out = sorted(map(int, settings.turns)), Path(settings.out)
+    claim(out, "gatt-test")
+    for run in settings.runs:
+        parent_of(run)  # a wrong one is refused before the long work
     world = tiny_world(world_of(settings.runs[0]) if settings.world is None else settings.world)
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict] = {}

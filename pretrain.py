@@ -160,6 +160,8 @@ def parse(cls: type, argv: list[str] | None = None):
     settings = cls(**values)
     for name, value in vars(settings).items():
         check_flag(name, value)
+    if getattr(settings, "out", None) == "" and cls.out:
+        raise InputError("--out is empty; name a folder")
     return settings
 
 
@@ -222,7 +224,7 @@ def start(settings) -> Ranks:
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        be_alone(backend)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % settings.replicas:
         raise InputError(f"--replicas {settings.replicas} must divide the number of ranks, {world_size}")
@@ -240,6 +242,12 @@ def start(settings) -> Ranks:
     if settings.replicas > 1:
         shape, names = (settings.replicas, world_size // settings.replicas), ("replica", "shard")
     return Ranks(rank, world_size, device, init_device_mesh(kind, shape, mesh_dim_names=names), threads)
+
+
+def be_alone(backend: str) -> None:
+    """Make a process group of one. gloo listens even then: at the loopback, not at an address where others could call."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def cores() -> int:
@@ -1023,7 +1031,7 @@ def save_model(model: Transformer, out: str, tokenizer: str) -> None:
         raise InputError(f"{out} is there already; name a new folder")
     if not os.path.isfile(tokenizer):
         raise InputError(f"{tokenizer} is missing: a run of ours has its tokenizer beside it; put it there")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    be_alone("gloo")
     save_checkpoint(out, 0, {"model": model}, {}, {})
     replace_file(Path(out, "tokenizer.model"), Path(tokenizer).read_bytes())
     config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
@@ -1033,12 +1041,13 @@ def save_model(model: Transformer, out: str, tokenizer: str) -> None:
 
 
 def claim(out: str | Path, stage: str) -> None:
-    """Raise InputError if --out is no folder, or holds a run of another stage, whose config.json would be written over."""
+    """Raise InputError if --out can't be written to, or holds a run of another stage, whose config.json would be written over."""
     before = read_config(out)
     if before and before["stage"] != stage:
         raise InputError(f"{out} holds a run of another stage, {before['stage']}; take another --out")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise InputError(f"{out} is a file; take a folder for --out")
+    there = next(path for path in (Path(out).absolute(), *Path(out).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {out}: {there} is no folder that can be written to; take another")
 
 
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:

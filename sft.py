@@ -35,7 +35,7 @@ from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Parent, Ranks, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint,
                       gathered, interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings,
                       rank_0_first, read_lines, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
-from tokenizer import StrictJson, Tokenizer, TokenizerError, dialog_turns, parse_json
+from tokenizer import Tokenizer, TokenizerError, dialog_turns, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -92,14 +92,10 @@ def read_rows(file: str) -> Iterator[tuple[str, object]]:
     if not first[1].lstrip().startswith("["):
         for number, line in chain([first], lines):
             if line.strip():
-                try:
-                    row = parse_json(line)
-                except ValueError as error:
-                    row = InputError(f"is not JSON ({error})")
-                yield f"{file}, line {number}", row
+                yield f"{file}, line {number}", read_row(line)
         return
     number, text = first[0], first[1] + "".join(line for _, line in lines)
-    at, space, strict = text.index("[") + 1, re.compile(r"\s*"), StrictJson()
+    at, space, lenient = text.index("[") + 1, re.compile(r"\s*"), json.JSONDecoder()
     before = "["
     while before != "]":
         begin = space.match(text, at).end()  # of the next row
@@ -108,18 +104,26 @@ def read_rows(file: str) -> Iterator[tuple[str, object]]:
             at = begin + 1
             break
         try:
-            row, at = strict.raw_decode(text, begin)
+            at = lenient.raw_decode(text, begin)[1]  # where the row ends; a fault inside it is the row's alone
             end = space.match(text, at).end()
             before = text[end : end + 1]
             if before not in (",", "]"):
                 raise ValueError("a row ends, and neither , nor ] follows")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file}, line {number}: this list is not whole JSON ({error}); fetch it again") from None
-        yield f"{file}, line {number}", row
+        yield f"{file}, line {number}", read_row(text[begin:at])
         number += text.count("\n", begin, end)
         at = end + 1
     if text[at:].strip():
         raise InputError(f"{file}: something stands behind the list; one file holds one list, or one object a line")
+
+
+def read_row(text: str) -> object:
+    """A value of JSON; for a text that is none, the InputError that says why."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        return InputError(f"is not JSON ({error})")
 
 
 def messages_of(row: object) -> list[dict]:

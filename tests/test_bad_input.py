@@ -21,7 +21,7 @@ import pretrain
 import reward
 import rlhf
 import sft
-from fuzz import CLEAN, FOX, ROWS, TURNS, good_files, prepare
+from fuzz import CLEAN, FOX, ROWS, TURNS, fuzz, good_files, prepare
 from model import Transformer, save_hf
 from pretrain import command_line, save_model
 from tokenizer import Tokenizer
@@ -29,7 +29,7 @@ from tokenizer import Tokenizer
 MEND = re.compile(  # what every sentence must have: a thing to do, what is wanted, or a question that points to it
     r"mend|fetch|take|drop|make|write|name|put |convert|leave|lower|remove|shorten|join|copy|train|give|start|wait|say|add|"
     r"must|need|expected|missing(\?|, or)|another tokenizer\?|whole\?|size\?|--help|can't be read as|no checkpoint of ours needs|"
-    r"both of them text|at most|tag those|from 0 to 1|--\w+ is \w+(,| or)|may hold|as in --|there is no such|no file matches|one file holds|the file is empty")
+    r"both of them text|at most|tag those|from 0 to 1|No such file|--\w+ is \w+(,| or)|may hold|as in --|there is no such|no file matches|one file holds|the file is empty")
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ BAD_FOLDERS = [  # format, file, its new content, what the sentence must say
     ("run", "config.json", None, "config.json"), ("run", "config.json", b"{", "config.json"), ("run", "config.json", b"[]", "config.json"), ("run", "config.json", change(model=None), "config.json"),
     ("run", "config.json", change(model=[]), "config.json"), ("run", "config.json", change(settings=7), "config.json"), ("run", "config.json", change(threads="x"), "config.json"),
     ("run", "config.json", inside("model", dim=None), "dim"), ("run", "config.json", inside("model", dim="32"), "dim"), ("run", "config.json", inside("model", dim=64), "shape"),
-    ("run", "config.json", inside("model", n_layers=10**7), "2"), ("run", "config.json", inside("model", n_layers=1), "2"), ("run", "config.json", inside("model", n_kv_heads=3), "n_kv_heads"),
+    ("run", "config.json", inside("model", n_layers=10**7), "n_layers"), ("run", "config.json", inside("model", n_layers=1), "n_layers"), ("run", "config.json", inside("model", n_kv_heads=3), "n_kv_heads"),
     ("run", "config.json", inside("model", vocab_size=10**7), "shape"), ("run", "config.json", inside("model", max_seq_len=10**12), "max_seq_len"), ("run", "config.json", inside("model", norm_eps=0), "norm_eps"),
     ("run", "config.json", inside("settings", world="x"), "world"), ("run", "config.json", inside("settings", world=-1), "world"), ("run", "config.json", inside("settings", world=[0]), "world"),
     ("run", "step-000000/.metadata", b"", "damaged"), ("run", "step-000000/.metadata", None, "damaged"), ("run", "step-000000/.metadata", b"fox", "damaged"),
@@ -372,11 +372,11 @@ GOOD = {  # flags that a command needs before it meets the bad one
     "pretrain.py": "--data {base}/eggs.txt", "sft.py": "--init {base}/run --data {base}/chat.jsonl", "reward.py": "--init {base}/run --data {base}/pairs.jsonl --seq_len 64",
     "rlhf.py": "--init {base}/run --policy {base}/run --helpfulness {base}/judge --harmlessness {base}/judge --threshold 0.1",
     "rlhf.py ppo": "--init {base}/run --helpfulness {base}/judge --harmlessness {base}/judge --threshold 0.1 --seq_len 64 --max_new_tokens 16",
-    "rlhf.py curves": "{base}/run --helpfulness {base}/judge --harmlessness {base}/judge", "rlhf.py distill": "--init {base}/run --harmlessness {base}/judge",
+    "rlhf.py curves": "--helpfulness {base}/judge --harmlessness {base}/judge {base}/run", "rlhf.py distill": "--init {base}/run --harmlessness {base}/judge",
     "gatt.py": "--init {base}/run --reward {base}/judge", "gatt.py test": "{base}/run", "gatt.py attention": "{base}/run --before {base}/run", "sft.py chat": "{base}/run",
-    "reward.py collect": "--a {base}/run", "reward.py stats": "{base}/pairs.jsonl --tokenizer {base}/tokenizer.model", "reward.py eval": "{base}/judge --helpfulness {base}/pairs.jsonl --safety {base}/pairs.jsonl",
+    "reward.py collect": "--a {base}/run --b {base}/run", "reward.py stats": "{base}/pairs.jsonl --tokenizer {base}/tokenizer.model", "reward.py eval": "{base}/judge --helpfulness {base}/pairs.jsonl --safety {base}/pairs.jsonl",
     "eval.py tasks": "{base}/run", "eval.py perplexity": "{base}/run {base}/eggs.txt", "eval.py curves": "{base}/run", "eval.py facts": "{base}/run",
-    "eval.py versions": "{base}/run --against {base}/run --helpfulness {base}/judge --harmlessness {base}/judge", "eval.py judge": "--a {base}/run --b {base}/run", "eval.py safety": "{base}/run",
+    "eval.py versions": "{base}/run --against {base}/run --helpfulness {base}/judge --harmlessness {base}/judge", "eval.py judge": "--a {base}/run --b {base}/run --judge truth", "eval.py safety": "{base}/run",
     "eval.py diversity": "{base}/run", "eval.py contamination": "--train {base}/fox.u16 --test {base}/samples.jsonl --tokenizer {base}/tokenizer.model",
 }
 BAD_FLAGS = [  # command, flags, what the sentence must say
@@ -417,11 +417,12 @@ BAD_FLAGS = [  # command, flags, what the sentence must say
     ("eval.py tasks", "--task moon=x", "moon"), ("eval.py tasks", "--task gsm8k", "gsm8k"), ("eval.py tasks", "--task gsm8k=nowhere.jsonl", "nowhere"), ("eval.py tasks", "--task gsm8k={base}/chat.jsonl", "line 1"),
     ("eval.py tasks", "--task gsm8k={base}/a gsm8k={base}/b", "twice"), ("eval.py tasks", "--task ../x={base}/chat.jsonl", "../x"), ("eval.py tasks", "--task gsm8k={base}/eggs.txt", ".jsonl"),
     ("eval.py tasks", "--shots -1", "--shots"), ("eval.py tasks", "--limit 0", "--limit"), ("eval.py tasks", "--samples 0", "--samples"), ("eval.py tasks", "--seconds inf", "--seconds"),
-    ("eval.py perplexity", "{base}/empty.txt", "empty"), ("eval.py perplexity", "nowhere.txt", "nowhere"), ("eval.py curves", "{base}/judge", "metrics.jsonl"), ("eval.py facts", "nowhere", "nowhere"),
+    ("eval.py perplexity", "{base}/empty.txt", "empty"), ("eval.py perplexity", "nowhere.txt", "nowhere"), ("eval.py curves", "{base}/judge", "metrics.jsonl"), ("eval.py versions", "nowhere", "nowhere"), ("eval.py versions", "--against nowhere", "nowhere"), ("eval.py facts", "nowhere", "nowhere"), ("gatt.py test", "nowhere", "nowhere"), ("eval.py diversity", "nowhere", "nowhere"),
+    ("eval.py safety", "nowhere", "nowhere"), ("eval.py curves", "nowhere", "nowhere"), ("rlhf.py curves", "nowhere", "nowhere"), ("reward.py eval", "nowhere", "nowhere"),
     ("eval.py facts", "--against {base}/run {base}/run", "--against"), ("eval.py versions", "--general nowhere", "nowhere"), ("eval.py versions", "--n_prompts 0", "--n_prompts"),
     ("eval.py judge", "--judge oracle", "oracle"), ("eval.py judge", "--judge http://127.0.0.1:1/v1", "--judge_model"), ("eval.py judge", "--judge http://me:secret@127.0.0.1/v1 --judge_model x", "user"),
-    ("eval.py judge", "--judge http://127.0.0.1/v1?key=secret --judge_model x", "query"), ("eval.py judge", "--axis beauty", "beauty"), ("eval.py judge", "--prompts {base}/prompts.jsonl --judge truth", "another --judge"),
-    ("eval.py judge", "--parallel 0", "--parallel"), ("eval.py judge", "--retries -1", "--retries"), ("eval.py judge", "--timeout 0", "--timeout"), ("eval.py judge", "--judge truth --a nowhere", "nowhere"),
+    ("eval.py judge", "--judge http://127.0.0.1/v1?key=secret --judge_model x", "query"), ("eval.py judge", "--axis beauty", "beauty"), ("eval.py judge", "--prompts {base}/prompts.jsonl", "another --judge"),
+    ("eval.py judge", "--parallel 0", "--parallel"), ("eval.py judge", "--retries -1", "--retries"), ("eval.py judge", "--timeout 0", "--timeout"), ("eval.py judge", "--a nowhere", "nowhere"),
     ("eval.py safety", "--rewards {base}/judge", "--rewards"), ("eval.py safety", "--previous nowhere", "nowhere"), ("eval.py diversity", "--samples 1", "--samples"), ("eval.py diversity", "--temperatures x", "--temperatures"),
     ("eval.py corpus", "--documents 0", "--documents"), ("eval.py corpus", "nowhere.txt", "nowhere"), ("eval.py contamination", "--train {base}/eggs.txt", ".u16"), ("eval.py contamination", "--test nowhere.jsonl", "nowhere"),
     ("eval.py contamination", "--lengths 5", "--lengths"), ("eval.py contamination", "--lengths ten", "--lengths"), ("eval.py contamination", "--chunk 0", "--chunk"), ("eval.py contamination", "--tokenizer nowhere.model", "nowhere.model"),
@@ -431,15 +432,18 @@ BAD_FLAGS = [  # command, flags, what the sentence must say
 @pytest.fixture(scope="module")
 def files(base, formats):
     """Small files beside the good folders, as flags name them."""
-    rows = {"chat": {"messages": TURNS}, "pairs": PAIR, "prompts": {"prompt": FOX, "unsafe": True}, "harmless": {"prompt": FOX}, "samples": ROWS["samples"][0],
+    rows = {"chat": {"messages": TURNS}, "prompts": {"prompt": FOX, "unsafe": True}, "harmless": {"prompt": FOX}, "samples": ROWS["samples"][0],
             "far": {"turns": [[[1, 5], [999, 2]]], "is_answer": [False, False, True, True]}}
     for name, row in rows.items():
         (base / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (base / "pairs.jsonl").write_text("".join(json.dumps(PAIR | {"prompt": f"{FOX} {i}"}) + "\n" for i in range(40)))
     (base / "eggs.txt").write_text(f"{FOX}\n\n" * 40)
     (base / "foxes.txt").write_text(FOX)
     (base / "empty.txt").write_text("")
     (base / "run" / "metrics.jsonl").write_text('{"step": 1, "tokens": 9, "loss": 1.0}\n')
     (base / "fox.ends").write_bytes(formats["shards"].files["fox.ends"])
+    judge = base / "judge" / "config.json"
+    judge.write_text(judge.read_text().replace('"convert"', '"reward"'))
     smaller(base)
     return base
 
@@ -455,7 +459,7 @@ def refused_command(command, words, out, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         command_line(main, settings, words + flags)
     *bars, said = capsys.readouterr().err.strip().replace("\r", "\n").split("\n")
-    assert all(re.match(r"\s*$|tokenising|sampling", bar) for bar in bars), bars
+    assert all(re.match(r"\s*$|tokenising|sampling|searching", bar) for bar in bars), bars
     assert stop.value.code == 2 and said.startswith(f"{script}: ") and is_helpful(said), said
     return said
 
@@ -466,3 +470,76 @@ def test_a_flag_that_makes_no_sense_ends_with_one_sentence_and_leaves_no_output(
     every = f"{GOOD.get(command, '')} {words}".format(base=files).split()
     assert fault.format(base=files) in refused_command(command, every, tmp_path / "out", capsys, monkeypatch)
     assert not list(tmp_path.iterdir())
+
+
+BAD_OUTS = {  # name → what is put at a path, and the --out below or at it
+    "a file": lambda path: path.write_text("mine") and path, "below a file": lambda path: path.write_text("mine") and path / "out",
+    "in /proc": lambda path: path.mkdir() or Path("/proc/strangers/out"),
+    "another stage's": lambda path: folder_with(path, "config.json", '{"stage": "moon", "settings": {}, "model": {}, "threads": 1}'),
+    "somebody else's": lambda path: folder_with(path, "config.json", '{"mine": 7}'), "spoilt": lambda path: folder_with(path, "config.json", '{"stage'),
+}
+
+
+def folder_with(path, name, text):
+    """A folder with one file."""
+    path.mkdir()
+    (path / name).write_text(text)
+    return path
+
+
+def tree(folder):
+    """Every file below a folder, but for locks, with its content and date."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def is_written(command):
+    """Whether a command has an --out."""
+    script, _, name = command.partition(" ")
+    return hasattr(MODULES[script].COMMANDS[name][1] if name else MODULES[script].Settings, "out")
+
+
+@pytest.mark.parametrize("how", BAD_OUTS)
+@pytest.mark.parametrize("command", [command for command in GOOD if is_written(command)])
+def test_an_out_that_is_not_ours_to_write_to_is_refused_and_left_alone(files, tmp_path, capsys, monkeypatch, command, how):
+    monkeypatch.chdir(tmp_path)
+    out = BAD_OUTS[how](tmp_path / "there")
+    before = tree(tmp_path)
+    said = refused_command(command, GOOD[command].format(base=files).split(), out, capsys, monkeypatch)
+    assert str(out.relative_to("/")).split("/")[1] in said and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["pretrain.py", "sft.py", "gatt.py test", "eval.py judge"])
+def test_an_empty_out_is_not_the_current_folder(files, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert "--out is empty" in refused_command(command, GOOD[command].format(base=files).split(), "", capsys, monkeypatch)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_listens_can_be_called_from_this_machine_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    pretrain.start(pretrain.parse(pretrain.Settings, ["--out", str(tmp_path), "--device", "cpu", "--threads", "1"]))
+    try:
+        mine = {os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
+        rows = [line.split() for kind in ("tcp", "tcp6") for line in Path("/proc/self/net", kind).read_text().splitlines()[1:]]
+        listening = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+        assert listening and all(address.startswith("0100007F:") for address in listening)  # 127.0.0.1
+    finally:
+        torch.distributed.destroy_process_group()
+        pretrain.cpu_group.cache_clear()
+
+
+def test_names_in_data_write_nothing_outside_of_out(files, tmp_path, capsys, monkeypatch):
+    hostile = {"prompt": FOX, "id": "../../../id", "kind": "../kind", "category": "/category", "template": "../template"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(hostile) + "\n")
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    before = tree(files)
+    command_line(evaluation.judge, evaluation.Judge, [
+        "--a", f"{files}/run", "--b", f"{files}/small/../small", "--prompts", str(tmp_path / "p.jsonl"), "--judge", "reward", "--rewards", f"{files}/judge",
+        "--max_new_tokens", "2", "--threads", "1", "--out", str(tmp_path / "deep" / "out")])
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()} == {"p.jsonl", "deep"} and tree(files) == before
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "out"]
+
+
+def test_two_hundred_damaged_files_of_every_format_are_read_or_refused_with_a_sentence():
+    counts, failures = fuzz(200, seed=1)
+    assert not failures and min(counts["read"], counts["refused"]) > 10 and counts.total() == 200

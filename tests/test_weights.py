@@ -144,7 +144,7 @@ SETTINGS = {  # a change of params.json and config.json → what the sentence mu
     "no width": ({"dim": None, "hidden_size": None}, "dim|hidden_size"), "text": ({"n_heads": "many", "num_attention_heads": "many"}, "heads is 'many'"),
     "a list": ({"n_kv_heads": [8], "num_key_value_heads": [8]}, "heads is"), "half a layer": ({"n_layers": 1.5, "num_hidden_layers": 1.5}, "layers is 1.5"),
     "true": ({"n_layers": True, "num_hidden_layers": True}, "layers is True"), "no heads": ({"n_heads": 0, "num_attention_heads": 0}, "heads is 0"),
-    "cut": ({"n_layers": 1, "num_hidden_layers": 1}, "2 layers, not 1"), "absurd": ({"n_layers": 10**7, "num_hidden_layers": 10**7}, "2 layers, not 10000000"),
+    "cut": ({"n_layers": 1, "num_hidden_layers": 1}, "2 layers, not 1"), "absurd": ({"n_layers": 10**7, "num_hidden_layers": 10**7}, "layers is 10000000"),
     "more absurd": ({"n_layers": 10**9, "num_hidden_layers": 10**9}, "layers is 1000000000"),
     "epsilon": ({"norm_eps": math.nan, "rms_norm_eps": math.nan}, "eps is nan"), "negative": ({"rope_theta": -1}, "theta is -1"),
     "infinite": ({"rope_theta": math.inf}, "theta is inf"), "zero": ({"norm_eps": 0, "rms_norm_eps": 0.0}, "eps is 0"),
