@@ -13,8 +13,8 @@ We know of no public implementation. Where the paper leaves room this is our rea
   That one samples "from this synthetic data" allows: all, turn by turn, as they come in use. --resampled 0 is the first reading,
   1 the second; by default half of the dialogues follow each.
 - The place of the instruction: that of a system prompt in the released format, before the words of each user's message.
-- What picks the best sample: nothing by default. With --samples K it is the helpfulness reward of the bare exchange, which knows
-  nothing of the instruction, and so picks the answers that ignore it.
+- What picks the best sample: the helpfulness reward of the bare exchange. It knows nothing of the instruction and, left alone,
+  picks those that ignore it; so in the tiny world, whose rules can tell, only samples that obey are kept (or --no-check).
 - How long the dialogues are: also between the short ones and the full length, or what is learned has a hole there.
 - What is learned beside it: a few answers of the model's own without an instruction, refusals among them, and a few annotated
   dialogues, or it loses what fine-tuning and RLHF gave it.
@@ -61,12 +61,12 @@ class Settings(Tuning):
     long: float = 0.2  # share of them with 7 to 20 turns; the others have 1 to 6
     constraints: str = "toy"  # toy, the lists of the tiny world; ask, lists that the chat model writes; or a .json file | ask
     resampled: float = 0.5  # share of the dialogues with all answers sampled under the instruction, not the last alone
-    samples: int = 1  # how many are sampled of each answer that is learned
+    samples: int = 4  # how many are sampled of each answer that is learned
     reward: str = "out/reward-helpfulness"  # reward model that picks the best of several samples; "" takes the first that ends
     temperature: float = 0.3  # of the samples
     past: int | None = None  # earlier turns that sampling reads | all
     max_new_tokens: int = 96  # longest answer, in tokens
-    check: bool = False  # drop samples that break the rule of their constraint: the tiny world can tell, the paper could not
+    check: bool = True  # in the tiny world, keep only samples that obey, by its rules, which the paper had no like of
     replay: float = 0.15  # share of the dialogues that are learned without an instruction too, with answers of the model's own
     sample_batch: int = 300  # dialogues that are sampled together and kept together: the unit of resume
 
@@ -287,8 +287,7 @@ TOY_MIX = ("toy/dialogs", "toy/encyclopedia:0.02", "toy/numbers:0.1", "toy/stori
 def main(settings: Settings) -> None:
     """Run §3.3: what users say → dialogues under instructions → gatt.jsonl → fine-tuning on the last answers."""
     is_toy = settings.data == ("toy",)
-    if settings.check and not (is_toy and settings.constraints == "toy"):
-        raise InputError("--check: the rules of the tiny world judge its own dialogues and constraints alone; leave it out")
+    settings = replace(settings, check=settings.check and is_toy and settings.constraints == "toy")
     for name in ("long", "resampled", "replay"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name} is a share of the dialogues, from 0 to 1, not {getattr(settings, name)}")

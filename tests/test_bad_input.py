@@ -412,7 +412,7 @@ BAD_FLAGS = [  # command, flags, what the sentence must say
     ("rlhf.py ppo", "--seq_len 9999", "--seq_len"), ("rlhf.py ppo", "--kl_coef nan", "--kl_coef"), ("rlhf.py ppo", "--prompts {base}/prompts.jsonl", "prompts"), ("rlhf.py ppo", "--out {base}/run", "--out"),
     ("rlhf.py distill", "--prompts {base}/harmless.jsonl", "unsafe"), ("rlhf.py distill", "--harmlessness nowhere", "nowhere"),
     ("gatt.py", "--long 2", "--long"), ("gatt.py", "--resampled -1", "--resampled"), ("gatt.py", "--replay 2", "--replay"), ("gatt.py", "--samples 0", "--samples"), ("gatt.py", "--constraints nowhere.json", "nowhere.json"),
-    ("gatt.py", "--constraints {base}/chat.jsonl", "chat.jsonl"), ("gatt.py", "--data {base}/chat.jsonl --check", "--check"), ("gatt.py test", "--turns 0", "--turns"), ("gatt.py test", "--turns two", "--turns"),
+    ("gatt.py", "--constraints {base}/chat.jsonl", "chat.jsonl"), ("gatt.py test", "--turns 0", "--turns"), ("gatt.py test", "--turns two", "--turns"),
     ("gatt.py test", "--dialogs 0", "--dialogs"), ("gatt.py attention", "--bin 0", "--bin"), ("gatt.py attention", "--turns -1", "--turns"),
     ("eval.py tasks", "--task moon=x", "moon"), ("eval.py tasks", "--task gsm8k", "gsm8k"), ("eval.py tasks", "--task gsm8k=nowhere.jsonl", "nowhere"), ("eval.py tasks", "--task gsm8k={base}/chat.jsonl", "line 1"),
     ("eval.py tasks", "--task gsm8k={base}/a gsm8k={base}/b", "twice"), ("eval.py tasks", "--task ../x={base}/chat.jsonl", "../x"), ("eval.py tasks", "--task gsm8k={base}/eggs.txt", ".jsonl"),
