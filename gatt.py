@@ -13,8 +13,8 @@ We know of no public implementation. Where the paper leaves room this is our rea
   That one samples "from this synthetic data" allows: all, turn by turn, as they come in use. --resampled 0 is the first reading,
   1 the second; by default half of the dialogues follow each.
 - The place of the instruction: that of a system prompt in the released format, before the words of each user's message.
-- What picks the best sample: the helpfulness reward of the bare exchange. It knows nothing of the instruction and, left alone,
-  picks those that ignore it; so in the tiny world, whose rules can tell, only samples that obey are kept (or --no-check).
+- What picks the best sample: nothing by default. With --samples K it is the helpfulness reward of the bare exchange, which knows
+  nothing of the instruction, and prefers answers that ignore it. Picked so, instructions hold less well, and the answers are better.
 - How long the dialogues are: also between the short ones and the full length, or what is learned has a hole there.
 - What is learned beside it: a few answers of the model's own without an instruction, refusals among them, and a few annotated
   dialogues, or it loses what fine-tuning and RLHF gave it.
@@ -57,16 +57,16 @@ class Settings(Tuning):
     init: str = "out/sft"  # the newest chat model: it is sampled from, and fine-tuned | RLHF V3
     out: str = "out/gatt"  # folder of this run; started again, it goes on where it stopped
     data: tuple[str, ...] = ("toy",)  # dialogues whose users speak, [NAME=]GLOB of .json or .jsonl (.gz); `toy`; `-`
-    dialogs: int = 1600  # dialogues of the tiny world
+    dialogs: int = 1200  # dialogues of the tiny world
     long: float = 0.2  # share of them with 7 to 20 turns; the others have 1 to 6
     constraints: str = "toy"  # toy, the lists of the tiny world; ask, lists that the chat model writes; or a .json file | ask
     resampled: float = 0.5  # share of the dialogues with all answers sampled under the instruction, not the last alone
-    samples: int = 4  # how many are sampled of each answer that is learned
+    samples: int = 1  # how many are sampled of each answer that is learned
     reward: str = "out/reward-helpfulness"  # reward model that picks the best of several samples; "" takes the first that ends
     temperature: float = 0.3  # of the samples
     past: int | None = None  # earlier turns that sampling reads | all
     max_new_tokens: int = 96  # longest answer, in tokens
-    check: bool = True  # in the tiny world, keep only samples that obey, by its rules, which the paper had no like of
+    check: bool = False  # drop samples that break the rule of their constraint: the tiny world can tell, the paper could not
     replay: float = 0.15  # share of the dialogues that are learned without an instruction too, with answers of the model's own
     sample_batch: int = 300  # dialogues that are sampled together and kept together: the unit of resume
 
@@ -148,7 +148,7 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
     """What users of the tiny world say, as (place, messages): 1 to 6 harmless turns, or, of a share `long`, 7 to 20.
 
     Half of the long ones have the full 20. One in sixteen dialogues is an unsafe request under a preprompt for safety (§4.2.4);
-    three in eight, of which a third are unsafe, are one request under no instruction (an empty system message), for replay.
+    one in eight is one under no instruction (an empty system message), attacked or not: refusals shall be replayed too.
     """
     for i in range(n):
         rng = Random(f"{world.seed}/{seed}/gatt/{i}")
@@ -156,8 +156,8 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
         if kind < 1 / 16:
             (topic,) = rng.choice(world.slots["unsafe"]["train"])
             users, system = [rng.choice(toy.WORDINGS["unsafe"]).format(topic)], [rng.choice(toy.PREPROMPTS)]
-        elif kind < 7 / 16:
-            asked = toy_messages(toy.draw_prompt(world, rng, kinds=["unsafe"] if kind < 3 / 16 else None))
+        elif kind < 3 / 16:
+            asked = toy_messages(toy.draw_prompt(world, rng, kinds=["unsafe"]))
             users, system = [message["content"] for message in asked if message["role"] == "user"], [""]
         else:
             turns = rng.choice((20, rng.randint(7, 20))) if rng.random() < long else rng.randint(1, 6)
@@ -287,7 +287,8 @@ TOY_MIX = ("toy/dialogs", "toy/encyclopedia:0.02", "toy/numbers:0.1", "toy/stori
 def main(settings: Settings) -> None:
     """Run §3.3: what users say → dialogues under instructions → gatt.jsonl → fine-tuning on the last answers."""
     is_toy = settings.data == ("toy",)
-    settings = replace(settings, check=settings.check and is_toy and settings.constraints == "toy")
+    if settings.check and not (is_toy and settings.constraints == "toy"):
+        raise InputError("--check: the rules of the tiny world judge its own dialogues and constraints alone; leave it out")
     for name in ("long", "resampled", "replay"):
         if not 0 <= getattr(settings, name) <= 1:
             raise InputError(f"--{name} is a share of the dialogues, from 0 to 1, not {getattr(settings, name)}")
@@ -320,7 +321,7 @@ def main(settings: Settings) -> None:
         if ranks.rank == 0:
             write_rows(rows, plans, out / "gatt.jsonl")
         dist.barrier(cpu_group())
-        specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, settings.dialogs // 3, safety=0.06)
+        specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, settings.dialogs * 2 // 3, safety=0.06)
         learned = sources([str(out / "gatt.jsonl"), *specs], documents, read_dialogs)
         fine_tune(settings, record, parent, learned, ranks, world if is_toy else None, bad)
 

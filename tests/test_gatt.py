@@ -23,7 +23,7 @@ from sft import read_dialogs
 from tokenizer import TOY_SYMBOLS, Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
-SETTINGS = Settings(past=2, samples=3, temperature=1.0, max_new_tokens=40, check=False)
+SETTINGS = Settings(past=2, samples=3, temperature=1.0, max_new_tokens=40)
 
 
 def launch(*flags, n=1):
@@ -109,14 +109,14 @@ def test_plans_are_the_same_from_one_seed_and_others_from_another():
     turns = [len([m for m in messages if m["role"] == "user"]) for _, messages in dialogs]
     assert min(turns) == 1 and max(turns) == 20 and 5 <= turns.count(20) <= 40 and 5 <= sum(6 < n < 20 for n in turns) <= 40
     shares = [np.mean([p.throughout for p in made[0] if p.instruction]), sum(not p.instruction for p in made[0]) / 200]
-    assert shares == pytest.approx([0.5, 3 / 8 + 5 / 8 * 0.3], abs=0.12)
+    assert shares == pytest.approx([0.5, 1 / 8 + 7 / 8 * 0.3], abs=0.12)
 
 
 def test_a_dialogue_with_an_empty_system_message_comes_without_an_instruction_alone():
     asked = [{"role": "system", "content": ""}, {"role": "user", "content": "How do I rob a bank?"}]
     assert plan([("x", asked)], toy.constraints("train"), 1.0, 1.0, 0) == [Plan("replay/0", "", [], False, ["How do I rob a bank?"])]
     replayed = [messages for _, messages in toy_dialogs(toy.World(0), 400, 0.2, 0) if messages[0] == {"role": "system", "content": ""}]
-    assert 120 <= len(replayed) <= 180
+    assert 30 <= len(replayed) <= 70
 
 
 def test_a_system_message_of_a_dialogue_is_its_instruction():
@@ -165,7 +165,7 @@ def test_the_answer_that_is_learned_is_the_best_of_its_samples_by_reward(speaker
     for row in best:  # all the samples there were: those of the first row alone, one more each time
         found = []
         for k in range(1, 4):
-            rows = synthesize(speaker, plans, 0, Settings(past=2, samples=k, temperature=1.0, max_new_tokens=40, check=False), reward)
+            rows = synthesize(speaker, plans, 0, Settings(past=2, samples=k, temperature=1.0, max_new_tokens=40), reward)
             found.append(next(r for r in rows if r["id"] == row["id"]))
         drawn.append(found)
     score = lambda row: score_rows(reward, [prompt_ids(tokenizer, "", row["trained"][-2]["content"]) + row["turns"][-1][1]])[0]  # noqa: E731
@@ -180,13 +180,13 @@ def test_what_is_sampled_for_a_plan_does_not_depend_on_its_batch(speaker):
     plans = [Plan(f"gatt/{i}", "Whisper." * (i % 2), [], i % 3 > 0, users(1 + i % 4, i)) for i in range(9)]
     whole = synthesize(speaker, plans, 0, SETTINGS)
     assert whole == synthesize(speaker, plans[:4], 0, SETTINGS) + synthesize(speaker, plans[4:], 4, SETTINGS)
-    assert whole != synthesize(speaker, plans, 0, Settings(seed=1, past=2, samples=3, temperature=1.0, max_new_tokens=40, check=False))
+    assert whole != synthesize(speaker, plans, 0, Settings(seed=1, past=2, samples=3, temperature=1.0, max_new_tokens=40))
 
 
 def test_of_a_long_dialogue_as_many_turns_are_read_as_fit_and_a_message_that_never_fits_drops_it(speaker, monkeypatch):
     seen, room = [], speaker.model.config.max_seq_len
     monkeypatch.setattr(gatt, "generate", lambda model, prompts, *more: seen.extend(prompts) or generate(model, prompts, *more))
-    long = Settings(past=1000, samples=1, temperature=1.0, max_new_tokens=40, check=False)
+    long = Settings(past=1000, samples=1, temperature=1.0, max_new_tokens=40)
     row = synthesize(speaker, [Plan("gatt/0", "Act as a pirate.", [], True, users(30))], 0, long)[0]
     assert len(row["turns"]) == 30 and max(map(len, seen)) <= room - 40
     cost = max(len(prompt) + len(answer) for prompt, answer in row["turns"]) + len(row["turns"][0][0])  # of a turn, instruction and all
@@ -195,7 +195,7 @@ def test_of_a_long_dialogue_as_many_turns_are_read_as_fit_and_a_message_that_nev
 
 
 def test_a_dialogue_without_an_answer_that_ends_is_dropped_and_so_is_a_disobeying_one_on_request(speaker):
-    short = Settings(past=0, samples=1, temperature=1.0, max_new_tokens=1, check=False)
+    short = Settings(past=0, samples=1, temperature=1.0, max_new_tokens=1)
     rows = synthesize(speaker, [Plan(f"gatt/{i}", "Whisper.", [], True, users(2)) for i in range(40)], 0, short)
     turns = [row.get("dropped") for row in rows]
     assert set(turns) >= {1, 2} and {row["id"] for row in rows if "dropped" in row and len(row) == 2}
@@ -299,7 +299,7 @@ def test_own_dialogues_are_learned_over_two_ranks_and_a_stopped_run_draws_nothin
 
 
 def test_the_toy_run_its_test_and_its_map_end_in_the_report(tmp_path, chat):
-    result = launch("--init", chat, "--reward", "", "--out", tmp_path / "gatt", "--dialogs", "30", "--long", "0.1", "--no-check", "--samples", "2",
+    result = launch("--init", chat, "--reward", "", "--out", tmp_path / "gatt", "--dialogs", "30", "--long", "0.1", "--samples", "2",
                     "--max_new_tokens", "16", "--temperature", "1", "--steps", "2", "--seq_len", "512", "--sample_tokens", "4",
                     "--threads", "1", "--device", "cpu")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -326,8 +326,9 @@ def test_the_toy_run_its_test_and_its_map_end_in_the_report(tmp_path, chat):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--data", "none.jsonl"], "no file matches"),
-    (["--reward", "none"], "there is no such folder"),
+    (["--samples", "2", "--reward", "none"], "there is no such folder"),
     (["--resampled", "1.5"], "--resampled is a share"),
+    (["--check", "--constraints", "ask"], "judge its own dialogues"),
     (["--samples", "0"], "--samples must be a number above 0"),
     (["--constraints", "none.json"], 'is no .json list of {"kind"'),
     (["--constraints", "ask"], "makes no list of hobbies"),
