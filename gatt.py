@@ -14,7 +14,7 @@ We know of no public implementation. Where the paper leaves room this is our rea
   1 the second; by default half of the dialogues follow each.
 - The place of the instruction: that of a system prompt in the released format, before the words of each user's message.
 - What picks the best sample: nothing by default. With --samples K it is the helpfulness reward of the bare exchange, which knows
-  nothing of the instruction, and prefers answers that ignore it. Picked so, instructions hold less well, and the answers are better.
+  nothing of the instruction and prefers answers that ignore it: instructions then hold less well, and the answers are better.
 - How long the dialogues are: also between the short ones and the full length, or what is learned has a hole there.
 - What is learned beside it: a few answers of the model's own without an instruction, refusals among them, and a few annotated
   dialogues, or it loses what fine-tuning and RLHF gave it.
