@@ -26,45 +26,45 @@ stage() {
 # §3.2.1: as the models change, new comparisons, reward models again, old against new on new pairs. VERSION MODEL OTHER_MODEL
 again() {
     local new=out/preferences-v$1
-    stage 30 reward.py collect --axis helpfulness --a $2 --b $3 --helpfulness_pairs 1500 --seed $1 --out $new
-    stage 25 reward.py collect --axis safety --a $2 --safety_pairs 600 --seed $1 --out ${new}s
+    stage 36 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new
+    stage 34 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s
     helpful+=" $new/helpfulness.jsonl" safe+=" ${new}s/safety.jsonl"
     stage 60 reward.py --kind helpfulness --init $2 --out out/reward-helpfulness-v$1 --data $helpful --rest $safe
-    stage 60 reward.py --kind safety --init $2 --out out/reward-safety-v$1 --data $safe --rest $helpful
+    stage 40 reward.py --kind safety --init $2 --out out/reward-safety-v$1 --data $safe --rest $helpful
     newest="out/reward-helpfulness-v$1 out/reward-safety-v$1" rewards+=" $newest"
-    stage 15 reward.py eval $rewards --helpfulness $new/helpfulness-test.jsonl --safety ${new}s/safety-test.jsonl --out out/rewards-v$1
+    stage 24 reward.py eval $rewards --helpfulness $new/helpfulness-test.jsonl --safety ${new}s/safety-test.jsonl --out out/rewards-v$1
     judges="--helpfulness out/reward-helpfulness-v$1 --harmlessness out/reward-safety-v$1"
     train="$judges --safety_test ${new}s/safety-test.jsonl"
 }
 
-# A version behind Ghost Attention: from its model, with some of its dialogues among the best answers
-ghost() {
-    echo "--init $1 --data pool:4 toy/dialogs:0.05 toy/encyclopedia:0.02 toy/numbers:0.02 $1/gatt.jsonl:0.3 --seq_len 1024 \
-        --batch_size 2 --micro_batch 2"
-}
-
 paper() {
     helpful=out/preferences/helpfulness.jsonl safe=out/preferences/safety.jsonl rewards="out/reward-helpfulness out/reward-safety"
-    stage 330 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
-    stage 10 eval.py facts           # §2.1: does it know the encyclopedia, or the web's myths?
-    stage 10 eval.py tasks           # §2.3: the tiny world's own multiple choice
-    stage 100 sft.py                 # §3.1: the base model becomes a chat model
-    stage 40 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
-    stage 30 reward.py --kind helpfulness   # §3.2.2: a model of each
+    stage 326 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
+    stage 6 eval.py facts            # §2.1: does it know the encyclopedia, or the web's myths?
+    stage 5 eval.py tasks            # §2.3: the tiny world's own multiple choice
+    stage 110 sft.py                 # §3.1: the base model becomes a chat model
+    stage 48 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
+    stage 33 reward.py --kind helpfulness   # §3.2.2: a model of each
     stage 20 reward.py --kind safety
-    stage 10 reward.py eval          # Tables 7, 8 and 29
+    stage 13 reward.py eval          # Tables 7, 8 and 29
     stage 30 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
 
     stage 50 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
-    stage 90 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
-    stage 190 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt, and rows for later versions
-    stage 10 gatt.py attention out/gatt --before out/rlhf-v1    # Figure 10
+    stage 115 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
+    stage 180 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt
+    stage 45 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
+    stage 5 gatt.py attention out/gatt --before out/rlhf-v1     # Figure 10
 
     again 2 out/rlhf-v1 out/sft-ppo
-    stage 90 rlhf.py --version 2 $train $(ghost out/gatt)       # the best answers of both versions, rescored
-    stage 130 rlhf.py ppo --init out/rlhf-v2 $train             # eq. 3 and 4; out/rlhf-v2-ppo
-    stage 70 gatt.py test out/rlhf-v1 out/gatt out/rlhf-v2-ppo  # Table 30: does the instruction still hold at turn 20?
+    stage 65 rlhf.py --version 2 $train             # the best answers of both versions, rescored
+    stage 170 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
     versions="out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo" last=out/rlhf-v2-ppo second=$train general=""
+}
+
+# A version behind Ghost Attention: from its model, with some of its dialogues among the best answers
+ghost() {
+    echo "--init $1 --data pool:4 toy/dialogs:0.05 toy/encyclopedia:0.02 toy/numbers:0.02 $1/gatt.jsonl:0.3 --seq_len 1024
+        --batch_size 2 --micro_batch 2"
 }
 
 # §3.2.3 to the end: three more versions by rejection sampling, each from the newest model's samples, PPO behind the last; and
@@ -75,21 +75,22 @@ more_versions() {
         --rest out/preferences-general/safety.jsonl --out out/reward-general
     general="--general out/reward-general"
     again 3 out/rlhf-v2-ppo out/rlhf-v2
-    stage 90 rlhf.py --version 3 --policy out/rlhf-v2-ppo $train $(ghost out/gatt)
+    stage 65 rlhf.py --version 3 --policy out/rlhf-v2-ppo $train
     stage 180 gatt.py --init out/rlhf-v3 --out out/gatt-v3      # where the paper has it
     again 4 out/gatt-v3 out/rlhf-v2-ppo
     stage 90 rlhf.py --version 4 --policy out/gatt-v3 $train $(ghost out/gatt-v3)
     again 5 out/rlhf-v4 out/gatt-v3
     stage 90 rlhf.py --version 5 $train $(ghost out/gatt-v3)
-    stage 130 rlhf.py ppo --init out/rlhf-v5 $train
+    stage 170 rlhf.py ppo --init out/rlhf-v5 $train
     stage 90 gatt.py test out/rlhf-v3 out/gatt-v3 out/rlhf-v5 out/rlhf-v5-ppo --out out/gatt-test-v5
     versions+=" out/rlhf-v3 out/rlhf-v4 out/rlhf-v5 out/rlhf-v5-ppo" last=out/rlhf-v5-ppo
 }
 
 # One flag of a stage each, in a folder of its own
 ablations() {
-    local alone="--data toy/dialogs --lr 1e-3" size share heads how margin pairs seed  # the chat model of dialogues alone
-    # §2: up-sampling; sizes (Figure 5); context (Tables 16, 17), on docstrings, at equal tokens; the settings of Llama 1
+    local alone="--data toy/dialogs --lr 1e-3"  # the chat model of dialogues alone
+    local size share heads how margin pairs seed
+    # §2: up-sampling; sizes (Figure 5)
     stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --out out/upsampled
     stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --data toy/encyclopedia toy/web toy/stories toy/numbers --out out/crawled
     stage 10 eval.py facts out/upsampled --against out/crawled
@@ -147,11 +148,11 @@ ablations() {
 # §3.4, §4: side by side, by the newest reward models, by a third one that trained no version, and by the truth; safety
 evaluations() {
     local name=${last#out/}
-    stage 20 eval.py versions out/sft-ppo $versions out/gatt $judges $general    # Figures 11, 20
-    stage 10 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
-    stage 20 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
-    stage 20 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21
-    stage 10 eval.py corpus toy     # Table 9
+    stage 76 eval.py versions out/sft-ppo $versions out/gatt $judges $general    # Figures 11, 20
+    stage 7 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
+    stage 47 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
+    stage 32 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21
+    stage 6 eval.py corpus toy     # Table 9
 }
 
 stages=0 left=0 number=0

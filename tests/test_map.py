@@ -1,8 +1,11 @@
 """The map from the paper to the code, and every command and flag that the documents name, checked against the code itself."""
 import ast
 import importlib
+import json
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -125,8 +128,8 @@ def strings_in(file: str) -> set[str]:
     return {node.value for node in ast.walk(tree_of(file)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_in_the_documents_names_a_script_a_subcommand_and_flags_that_exist(command):
+def check(command: tuple[str, ...]) -> None:
+    """The script, its subcommand, its flags and their values exist."""
     at = next(i for i, word in enumerate(command) if word.endswith(".py"))
     script, arguments = command[at], list(command[at + 1 :])
     assert (ROOT / script).is_file()
@@ -141,6 +144,34 @@ def test_every_command_in_the_documents_names_a_script_a_subcommand_and_flags_th
         assert {flag.removeprefix("--").removeprefix("no-") for flag in flags} <= names
         if at and "--help" not in arguments:  # the values too
             parse(settings, arguments + ["--preset", "toy"] * ("preset" in names and "--preset" not in arguments))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_in_the_documents_names_a_script_a_subcommand_and_flags_that_exist(command):
+    check(command)
+
+
+def run_paper(folder: Path, python: str, *arguments: str) -> tuple[int, list[dict]]:
+    """paper.sh with another program in place of Python: its exit code, and the stages that it noted."""
+    result = subprocess.run(["bash", ROOT / "paper.sh", *arguments], env=os.environ | {"PYTHON": python, "RUNS": str(folder)},
+                            capture_output=True)
+    return result.returncode, [json.loads(line) for line in (folder / "out" / "stages.jsonl").read_text().splitlines()]
+
+
+def test_every_stage_of_the_whole_paper_exists_and_none_that_is_done_is_run_again(tmp_path):
+    code, stages = run_paper(tmp_path, "true", "full")
+    assert code == 0 and len(stages) > 100
+    for stage in stages:
+        check(("python", *stage["command"].split()))
+    made = {word for stage in stages for word in re.findall(r"out/[\w.-]+", stage["command"])}
+    assert len({stage["command"] for stage in stages}) == len(stages) and "out/rlhf-v5-ppo" in made
+    assert run_paper(tmp_path, "false", "full")[1] == stages  # it had nothing to run but the report
+
+
+def test_a_stage_that_fails_stops_the_whole_and_comes_first_when_it_goes_on(tmp_path):
+    code, stages = run_paper(tmp_path, "false")
+    assert code == 1 and [stage["rc"] for stage in stages] == [1]
+    assert run_paper(tmp_path, "true")[1][1]["command"] == stages[0]["command"]
 
 
 def test_every_flag_that_the_documents_name_alone_exists():
