@@ -2104,7 +2104,7 @@ h2 { margin-top: 3rem; border-top: 1px solid #8886; padding-top: 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: .8rem 0; overflow-wrap: normal }
 td, th { padding: .2rem .8rem; text-align: right; vertical-align: top } tr { border-bottom: 1px solid #8886 }
 td:first-child, th:first-child, .text td, .text th { text-align: left } .text { font-size: .9rem } .text td { min-width: 7rem }
-.text td, .text th { padding: .2rem .5rem }
+.text td, .text th { padding: .2rem .5rem } .text td:first-child { min-width: 13rem }
 .text code { display: block; width: 22rem; overflow-x: auto; white-space: nowrap }
 img { max-width: 100%; background: #fff } pre { white-space: pre-wrap; background: #8882; padding: .6rem }
 .note { opacity: .7 } b.yes { color: light-dark(#06632f, #7fd99b) } b.no { color: light-dark(#a3251b, #ff9d93) }"""
