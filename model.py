@@ -20,7 +20,8 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -733,26 +734,36 @@ def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32) -> Transform
     return load_weights(*hf_weights(folder), dtype)
 
 
-def write_hf(config: ModelConfig, weight_of: Callable, folder: str | Path, dtype: torch.dtype | None = None,
-             max_bytes: int = 5 * 10**9) -> None:
-    """Stream a reader's weights to a folder that transformers and llama.cpp's converter load; dtype None keeps theirs.
-
-    config.json and safetensors of at most max_bytes; about 2.5 times as much is in memory at once. Written aside and renamed.
-    Raises ModelError if the folder exists. The tokenizer's files are the caller's to add.
-    """
-    folder, save_file = Path(folder), import_safetensors().save_file
-    if folder.exists():
+@contextmanager
+def folder_aside(folder: str | Path) -> Iterator[Path]:
+    """A folder that is made whole or not at all: written aside, renamed when the block ends. ModelError if it is there."""
+    if Path(folder).exists():
         raise ModelError(f"{folder} is there already; name a new folder")
-    aside = folder.with_name(folder.name + ".part")
+    aside = Path(f"{Path(folder)}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # what is left of it if the block failed
+
+
+def write_hf(config: ModelConfig, weight_of: Callable, folder: Path, dtype: torch.dtype | None = None,
+             max_bytes: int = 5 * 10**9) -> None:
+    """Stream a reader's weights to a new folder that transformers and llama.cpp's converter load; dtype None keeps theirs.
+
+    config.json and safetensors of at most max_bytes; about 2.5 times as much is in memory at once. The tokenizer's files
+    are the caller's to add.
+    """
+    save_file = import_safetensors().save_file
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
     files, tensors = [], {}  # the names in each file that is written, what the next one will hold
 
     def flush() -> None:
         files.append({name: weight.nbytes for name, weight in tensors.items()})
-        save_file(tensors, aside / f"{len(files)}.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / f"{len(files)}.safetensors", metadata={"format": "pt"})
         tensors.clear()
 
     for name, shape in shapes.items():
@@ -767,19 +778,18 @@ def write_hf(config: ModelConfig, weight_of: Callable, folder: str | Path, dtype
     weight_map = {}
     for i, names in enumerate(files, 1):
         file = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
-        (aside / f"{i}.safetensors").rename(aside / file)
+        (folder / f"{i}.safetensors").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sum(names.values()) for names in files)}, "weight_map": weight_map}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     hf = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": config.dim,
           "vocab_size": config.vocab_size, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
           "num_key_value_heads": config.n_kv_heads, "intermediate_size": config.ffn_hidden, "hidden_act": "silu",
           "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
           "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
           "torch_dtype": str(weight.dtype).removeprefix("torch.")}
-    (aside / "config.json").write_text(json.dumps(hf, indent=1))
-    aside.rename(folder)
+    (folder / "config.json").write_text(json.dumps(hf, indent=1))
 
 
 def reader(model: Transformer) -> Callable:
@@ -789,7 +799,8 @@ def reader(model: Transformer) -> Callable:
 
 def save_hf(model: Transformer, folder: str | Path, dtype: torch.dtype | None = None, max_bytes: int = 5 * 10**9) -> None:
     """A plain model as a folder that transformers and llama.cpp's converter load; see `write_hf`."""
-    write_hf(model.config, reader(model), folder, dtype, max_bytes)
+    with folder_aside(folder) as aside:
+        write_hf(model.config, reader(model), aside, dtype, max_bytes)
 
 
 def pool_kv_heads(config: ModelConfig, weight_of: Callable, n_kv_heads: int, how: str = "mean",
@@ -845,7 +856,7 @@ def read_any(folder: str) -> tuple[ModelConfig, Callable, str]:
     here = Path(folder)
     if (here / "params.json").exists():
         config, weight_of = meta_weights(here)
-    elif list(here.glob("step-*")):
+    elif list(here.glob("step-*[0-9]")):
         from pretrain import stored_weights
         config, weight_of = stored_weights(folder)
     elif (here / "config.json").exists():
@@ -891,9 +902,10 @@ def main() -> None:
         config, weight_of = pool_kv_heads(config, weight_of, args.n_kv_heads, args.pool)
     dtype = DTYPES.get(args.dtype)  # None: as they are
     if args.to == "hf":
-        write_hf(config, weight_of, args.target, dtype)
-        if Path(tokenizer_file).exists():
-            shutil.copy(tokenizer_file, args.target)
+        with folder_aside(args.target) as aside:
+            write_hf(config, weight_of, aside, dtype)
+            if Path(tokenizer_file).exists():
+                shutil.copy(tokenizer_file, aside)
     else:
         from pretrain import save_model
         save_model(load_weights(config, weight_of, dtype), args.target, tokenizer_file)

@@ -32,10 +32,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, reduce
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import toy
 from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Parser, Transformer, config_of, count_parameters,
-                   generate, initial_weight, number, read_any, tokenizer_beside, with_vocab)
+                   folder_aside, generate, initial_weight, number, read_any, tokenizer_beside, with_vocab)
 from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -390,9 +390,8 @@ def spool_stdin(settings, ranks: Ranks) -> str:
     with rank_0_first(ranks):
         if wanted and ranks.rank == 0 and not (path.exists() and settings.resume):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path.with_suffix(".part"), "wb") as f:
+            with written_aside(path) as f:
                 shutil.copyfileobj(sys.stdin.buffer, f)
-            os.replace(path.with_suffix(".part"), path)
     return str(path)
 
 
@@ -653,7 +652,7 @@ class Mixture(Rows):
     def write_order(self, path: Path, reads: list[int]) -> None:
         """Shuffle the documents, of which reads[p] come from part p: their ends and numbers, a million at a time."""
         starts, total = np.cumsum([0, *reads]), 0
-        with open(path.with_suffix(".part"), "wb") as f:
+        with written_aside(path) as f:
             for start in range(0, int(starts[-1]), 2**20):
                 slots = permute(np.arange(start, min(start + 2**20, int(starts[-1]))), int(starts[-1]), self.seed)
                 lengths, numbers = np.empty_like(slots), np.empty_like(slots)
@@ -666,7 +665,6 @@ class Mixture(Rows):
                     lengths[mine], numbers[mine] = ends[document] - begins, self.first[p] + document
                 f.write(np.stack([total + np.cumsum(lengths), numbers], axis=1).tobytes())
                 total += int(lengths.sum())
-        os.replace(path.with_suffix(".part"), path)
 
     def row(self, r: int) -> np.ndarray:
         """Places r·T - 1 … r·T + T - 1 of the stream: (seq_len + 1,), filled up with IGNORE behind its end."""
@@ -753,14 +751,25 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside, to the disk, renamed."""
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A file that is written whole or not at all: aside, to the disk, renamed when the block ends."""
     partial = path.with_name(path.name + ".part")
-    with open(partial, "wb") as f:
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with written_aside(path) as f:
         f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 def checkpoint_state(modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -789,22 +798,57 @@ def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], o
     """Save modules, optimizers and a JSON-able `progress` as out/step-NNNNNN: written aside, then renamed.
 
     Every rank calls it and writes its own shards; the folder loads at any world size. The newest `keep` stay.
+    InputError if the disk does not take it; then nothing of it is left.
     """
     final = Path(out, f"step-{step:06d}")
     aside = Path(f"{final}.part")
-    if dist.get_rank() == 0:
+    try:
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        dist.barrier(cpu_group())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that a group of one process saves alone
+            dcp.save(checkpoint_state(modules, optimizers), checkpoint_id=aside, process_group=cpu_group())
+        if dist.get_rank() == 0:
+            replace_file(aside / "progress.json", json.dumps({"step": step} | progress).encode())
+        sums = checksums(aside)
+        if dist.get_rank() == 0:
+            replace_file(aside / "checksums.json", json.dumps(sums).encode())
+            os.replace(aside, final)
+    except (OSError, dcp.api.CheckpointException) as error:  # torch wraps what a rank raises; a full disk is a RuntimeError to it
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+        free = shutil.disk_usage(out).free / 1e6
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier(cpu_group())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that a group of one process saves alone
-        dcp.save(checkpoint_state(modules, optimizers), checkpoint_id=aside, process_group=cpu_group())
+        raise InputError(f"{final}: can't be saved ({type(reason).__name__}, {free:.1f} MB are free there); what was saved before "
+                         "is whole: make room, then the same command goes on from there") from error
     if dist.get_rank() == 0:
-        replace_file(aside / "progress.json", json.dumps({"step": step} | progress).encode())
-        os.replace(aside, final)
         for old in checkpoints(out)[:-keep]:
             remove_checkpoint(old)
     dist.barrier(cpu_group())
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """The CRC-32 of every file of a checkpoint. Every rank calls it, and reads what that rank wrote: a second for each GB."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    found = {}
+    for path in (folder / ".metadata", folder / "progress.json", *folder.glob("*.distcp")):
+        number = re.match(r"__(\d+)_", path.name)  # torch's name for what a rank wrote
+        if int(number[1] if number else 0) % world_size == rank:
+            with open(path, "rb") as f:
+                found[path.name] = reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: f.read(2**20), b""), 0)
+    everywhere = [found] * world_size
+    if world_size > 1:
+        dist.all_gather_object(everywhere, found, group=cpu_group())
+    return {name: crc for found in everywhere for name, crc in found.items()}
+
+
+def check_sums(folder: str | Path) -> None:
+    """Raise InputError if a bit of a checkpoint is not as it was saved. One without checksums is of an older run, and passes."""
+    path = Path(folder, "checksums.json")
+    with undamaged(folder):
+        if path.exists() and json.loads(path.read_text()) != checksums(Path(folder)):
+            raise ValueError("other checksums")
 
 
 def checkpoints(out: str | Path) -> list[Path]:
@@ -849,12 +893,14 @@ def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizer
     return read_checkpoint(folder, checkpoint_state(modules, optimizers))
 
 
-def read_checkpoint(folder: str | Path, state: dict[str, Tensor]) -> dict:
+def read_checkpoint(folder: str | Path, state: dict[str, Tensor], sums: bool = True) -> dict:
     """Fill the named tensors (see `checkpoint_state`) from a folder step-NNNNNN; return its progress.
 
-    Raises InputError if it is of another shape, before anything is changed, or damaged.
+    Raises InputError if it is of another shape or damaged, before anything is changed. sums: check those of its files.
     """
     check_sizes(folder, saved_sizes(folder), {name: tensor.shape for name, tensor in state.items()})
+    if sums:
+        check_sums(folder)
     with undamaged(folder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -883,10 +929,11 @@ def load_model(out: str | Path, kind: type[Transformer] = Transformer) -> tuple[
 def stored_weights(out: str | Path) -> tuple[ModelConfig, Callable]:
     """The newest weights of a run, one at a time: its shape, and weight_of(name, shape) → that parameter in fp32."""
     config, newest = saved_shape(out)
+    check_sums(newest)
 
     def weight_of(name: str, shape: tuple) -> Tensor:
         state = {f"model/weights/{name}": torch.empty(shape)}
-        read_checkpoint(newest, state)
+        read_checkpoint(newest, state, sums=False)
         return state.popitem()[1]
 
     return config, weight_of
@@ -937,10 +984,10 @@ def check_sizes(folder: str | Path, saved: dict[str, torch.Size], wanted: dict[s
     """Raise InputError if a checkpoint lacks a tensor, or has it in another shape."""
     for name, shape in wanted.items():
         if name not in saved:
-            raise InputError(f"{folder}: has no {name}; is it a checkpoint of another stage or size?")
+            raise InputError(f"{folder}: has no {name}; is it damaged, or of another stage or size?")
         if saved[name] != shape:
-            raise InputError(f"{folder}: {name} has shape {tuple(saved[name])}, not {tuple(shape)}; is it of another stage or "
-                             "size?")
+            raise InputError(f"{folder}: {name} has shape {tuple(saved[name])}, not {tuple(shape)}; is it damaged, or of "
+                             "another stage or size?")
 
 
 def fingerprint(out: str | Path) -> str:
@@ -1027,17 +1074,18 @@ def world_of(folder: str) -> int:
 
 def save_model(model: Transformer, out: str, tokenizer: str) -> None:
     """Write a plain model as a run of ours with one checkpoint, step-000000, that --init and `load_model` read."""
-    if Path(out).exists():
-        raise InputError(f"{out} is there already; name a new folder")
     if not os.path.isfile(tokenizer):
         raise InputError(f"{tokenizer} is missing: a run of ours has its tokenizer beside it; put it there")
-    be_alone("gloo")
-    save_checkpoint(out, 0, {"model": model}, {}, {})
-    replace_file(Path(out, "tokenizer.model"), Path(tokenizer).read_bytes())
-    config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
-    replace_file(Path(out, "config.json"), json.dumps(config, indent=1).encode())
-    dist.destroy_process_group()
-    cpu_group.cache_clear()  # it went with the others
+    with folder_aside(out) as aside:
+        be_alone("gloo")
+        try:
+            save_checkpoint(aside, 0, {"model": model}, {}, {})
+        finally:
+            dist.destroy_process_group()
+            cpu_group.cache_clear()  # it went with the others
+        replace_file(aside / "tokenizer.model", Path(tokenizer).read_bytes())
+        config = {"stage": "convert", "settings": {}, "model": asdict(model.config), "threads": 0, "world_size": 1}
+        replace_file(aside / "config.json", json.dumps(config, indent=1).encode())
 
 
 def claim(out: str | Path, stage: str) -> None:
@@ -1260,8 +1308,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
         if log:
             log.write(json.dumps({"step": 0, "tokens": 0, "loss": None, **figures, "seconds": 0.0}) + "\n")
             print("before the first step:", *(f"{name} {value:.3f}" for name, value in figures.items() if "loss/" in name))
-    bar = tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True)
-    with signals() as caught, ThreadPoolExecutor(1) as ahead:
+    with (signals() as caught, ThreadPoolExecutor(1) as ahead,
+          tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True) as bar):
         upcoming = ahead.submit(batch_at, first)
         clock = time.perf_counter()
         for step in range(first + 1, steps + 1):
@@ -1305,7 +1353,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
                 if ranks.rank == 0:
                     print(f"stopped; saved {out}/step-{step:06d}. The same command goes on from there.", flush=True)
                 sys.exit(128 + (caught or [signal.SIGTERM])[0])
-    bar.close()
 
 
 # ---------------------------------------------------------------------------------------------- evaluation

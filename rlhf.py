@@ -935,7 +935,6 @@ def ppo(settings: Ppo) -> None:
             print(f"safety scores below {threshold:.3f} count as unsafe")
             print_settings(settings)
         log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8") if ranks.rank == 0 else None
-        bar = tqdm(total=settings.steps, initial=state["step"], unit="iteration", disable=ranks.rank > 0, dynamic_ncols=True)
 
         def truth(prompts: list[dict], answers: list[list[int]]) -> dict[str, float]:
             return {} if settings.prompts else true_figures(prompts, answers, tokenizer, tiny_world(settings.world))
@@ -965,7 +964,8 @@ def ppo(settings: Ppo) -> None:
 
         if state["step"] == 0:
             write(evaluate())
-        with signals() as caught:
+        bar = tqdm(total=settings.steps, initial=state["step"], unit="iteration", disable=ranks.rank > 0, dynamic_ncols=True)
+        with signals() as caught, bar:
             while going_on():
                 state["step"] += 1
                 clock = [time.perf_counter()]
@@ -997,7 +997,6 @@ def ppo(settings: Ppo) -> None:
                     if ranks.rank == 0:
                         print(f"stopped; saved {out}/step-{state['step']:06d}. The same command goes on from there.", flush=True)
                     sys.exit(128 + (caught or [signal.SIGTERM])[0])
-        bar.close()
         if ranks.rank == 0:
             report_ppo(out, state)
 
