@@ -138,11 +138,14 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.grouped = config.n_kv_heads < config.n_heads
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: "KVCache | None", layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | list[int] | None, cache: "KVCache | None",
+                layer: int) -> Tensor:
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_heads, head_dim)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_kv_heads, head_dim)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_kv_heads, head_dim)
         q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+        if isinstance(mask, list):
+            return self.wo(attention_by_document(q, k, v, mask).flatten(2))  # (batch, seq, dim)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, n_kv_heads, seq, head_dim)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (batch, n_kv_heads, columns, head_dim)
@@ -152,6 +155,18 @@ class Attention(nn.Module):
             return self.wo(y.view(len(q), 1, -1))  # (batch, 1, dim)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.wo(y.transpose(1, 2).flatten(2))  # (batch, seq, dim)
+
+
+def attention_by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention inside each packed document: what a mask gives, without the work on what it would hide.
+
+    q: (batch, seq, n_heads, head_dim). k, v: (batch, seq, n_kv_heads, head_dim). lengths: tokens of each document, row after
+    row. Returns (batch, seq, n_heads, head_dim).
+    """
+    documents = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)))  # each (tokens, heads, head_dim)
+    y = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in document), is_causal=True, enable_gqa=True)
+         for document in documents]  # each (1, n_heads, tokens, head_dim)
+    return torch.cat(y, dim=2)[0].transpose(0, 1).view_as(q)
 
 
 class FeedForward(nn.Module):
@@ -179,12 +194,13 @@ class Block(nn.Module):
         self.layer = layer
         self.checkpointing = False  # recompute this block in the backward pass instead of keeping its insides
 
-    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | list[int] | None = None,
+                cache: "KVCache | None" = None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.compute, x, rotation, mask, None, use_reentrant=False)
         return self.compute(x, rotation, mask, cache)
 
-    def compute(self, x: Tensor, rotation: Tensor, mask: Tensor | None, cache: "KVCache | None") -> Tensor:
+    def compute(self, x: Tensor, rotation: Tensor, mask: Tensor | list[int] | None, cache: "KVCache | None") -> Tensor:
         h = x + self.attention(self.attention_norm(x), rotation, mask, cache, self.layer)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -199,6 +215,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.compiled = False  # compiled blocks keep documents apart by a mask: other lengths would compile them again
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if not parameter.is_meta:
@@ -219,7 +236,8 @@ class Transformer(nn.Module):
         if cache is not None:
             positions, mask = cache.positions(seq), cache.mask()
         elif documents is not None:
-            positions, mask = document_positions(documents), document_mask(documents)
+            positions = document_positions(documents)
+            mask = document_mask(documents) if self.compiled else document_lengths(positions)
         if seq > config.max_seq_len:
             raise ModelError(f"a sequence of {seq} tokens is longer than the model's context of {config.max_seq_len}")
         rotation = rope_table(config.head_dim, config.max_seq_len, config.rope_theta, tokens.device)
@@ -254,6 +272,12 @@ def document_positions(documents: Tensor) -> Tensor:
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return index - torch.where(first, index, 0).cummax(dim=1).values
+
+
+def document_lengths(positions: Tensor) -> list[int]:
+    """Tokens of each document, row after row, by the positions (batch, seq) that start again in each."""
+    starts = (positions.flatten() == 0).nonzero()[:, 0]  # (documents,)
+    return starts.diff(append=starts.new_tensor([positions.numel()])).tolist()
 
 
 def document_mask(documents: Tensor) -> Tensor:

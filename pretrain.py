@@ -267,6 +267,7 @@ def build(config: ModelConfig, settings, ranks: Ranks, kind: type[Transformer] =
         model = kind(config)
     bf16 = compute_dtype(settings, ranks) == torch.bfloat16
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    model.compiled = settings.compile
     for block in model.layers:
         block.checkpointing = bool(settings.checkpointing)
         if settings.compile:

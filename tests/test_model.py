@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import model as model_file
-from model import (IGNORE, PRESETS, KVCache, ModelConfig, ModelError, Transformer, apply_rope, count_parameters,
+from model import (IGNORE, PRESETS, KVCache, ModelConfig, ModelError, Transformer, apply_rope, count_parameters, document_lengths,
                    document_positions, generate, initial_weight, nucleus, rope_table, sample, swiglu_hidden, target_log_probs,
                    uniforms)
 
@@ -89,17 +89,26 @@ def test_a_later_token_changes_no_earlier_logit():
     assert torch.equal(before[:, :7], after[:, :7]) and not torch.equal(before[:, 7], after[:, 7])
 
 
-def test_a_packed_document_has_the_logits_that_it_has_alone():
-    model = loud()
-    lengths = [4, 1, 6, 5]
-    tokens = torch.randint(50, (1, sum(lengths)))
-    documents = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]])
-    assert document_positions(documents)[0].tolist() == [t for n in lengths for t in range(n)]
-    packed, start = model(tokens, documents=documents), 0
-    for n in lengths:
-        alone = model(tokens[:, start : start + n])
-        torch.testing.assert_close(packed[:, start : start + n], alone, atol=1e-5, rtol=1e-5)
-        start += n
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_packed_document_has_the_logits_and_gradients_that_it_has_alone(compiled):
+    model, alone = loud(), loud()
+    model.compiled = compiled  # as compiled blocks do it: by a mask
+    rows = [[4, 1, 6, 5], [9, 7]]
+    tokens = torch.randint(50, (2, 16))
+    documents = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)] for lengths in rows])
+    assert document_positions(documents).flatten().tolist() == [t for lengths in rows for n in lengths for t in range(n)]
+    assert document_lengths(document_positions(documents)) == [n for lengths in rows for n in lengths]
+    packed = model(tokens, documents=documents)
+    packed.logsumexp(-1).sum().backward()
+    for row, lengths in enumerate(rows):
+        start = 0
+        for n in lengths:
+            logits = alone(tokens[row : row + 1, start : start + n])
+            torch.testing.assert_close(packed[row : row + 1, start : start + n], logits, atol=1e-5, rtol=1e-5)
+            logits.logsumexp(-1).sum().backward()
+            start += n
+    for mine, theirs in zip(model.parameters(), alone.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_log_probs_in_chunks_have_the_values_and_gradients_of_the_whole(monkeypatch):
