@@ -3,13 +3,19 @@
     python tests/bench.py sampling     # generate, against transformers' generate and against its linear layers alone
     python tests/bench.py gathered     # sampling with gathered weights, against sampling a sharded model (§3.2.3)
     python tests/bench.py training     # one optimizer step, against transformers' Llama and litgpt's; on a GPU with MFU
+    python tests/bench.py pieces       # loader, tokenising, checkpoints and start-up, each against what bounds it
+    python tests/bench.py rl           # an iteration of PPO and a round of rejection sampling, split into their parts
+    python tests/bench.py scaling      # how cost grows with context, batch and ranks; 70B laid out over 2,048 ranks
+    python tests/bench.py heads        # decoding with MHA, GQA and MQA of equal size (Figure 24, Table 18)
 
 Each subcommand is one function; it prints a table and, last, one line of JSON. Figures of two runs of a shared
 machine can't be compared, ratios inside one run can.
 """
 import argparse
 import json
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,17 +24,33 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count, islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from model import PRESETS, ModelConfig, Transformer, generate, save_hf, swap_rope_layout, with_vocab
-from pretrain import Settings, adamw, build, gathered, lm_loss, mfu, optimizer_step, parse, start
+import rlhf
+import toy
+from model import (PRESETS, KVCache, ModelConfig, Transformer, count_parameters, generate, save_hf, swap_rope_layout,
+                   with_vocab)
+from pretrain import (Mixture, Ranks, Settings, Source, adamw, build, checkpoints, gathered, lm_loss, load_checkpoint, mfu, optimizer_step,
+                      parent_of, parse, prepare, replace_file, save_checkpoint, save_model, shard_size, start, text_sources,
+                      tokenize)
+from reward import RewardModel, load_speakers
+from sft import PackedDialogs
+from tokenizer import TOY_SYMBOLS, Tokenizer
 
 
 def interleaved(contestants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
@@ -223,7 +245,7 @@ def peak_memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Callabl
             run()
         step = max(accumulate(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"))
     held = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
-    return step + sum(t.numel() * t.element_size() for t in held)
+    return step + sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in held)
 
 
 def training(args: argparse.Namespace) -> dict:
@@ -270,7 +292,238 @@ def training(args: argparse.Namespace) -> dict:
     return found
 
 
-COMMANDS = {"sampling": sampling, "gathered": sample_gathered, "training": training}
+# ---------------------------------------------------------------------------------------------- pieces
+
+
+def pieces(args: argparse.Namespace) -> dict:
+    """Reading, tokenising, saving, loading and starting up, each against what bounds it."""
+    ranks, config = start(parse(Settings, ["--threads", str(args.threads)])), TOY_L
+    rows, found = [], {}
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place, "run")
+        settings = parse(Settings, ["--data", "toy/stories", "--dtype", "fp32", "--out", str(out)])
+        folder, index = prepare(text_sources(settings), settings, ranks)
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+        parts = [(folder / part, 1.0) for part in index["stories"]["parts"]]
+        mixture = Mixture(parts, 256, 0, tokenizer.eos_id, tokenizer.vocab_size, folder)
+        texts = list(islice(toy.documents(toy.World(0), "encyclopedia"), 4000))
+        size = sum(len(text.encode()) for text in texts)
+        processor = SentencePieceProcessor(model_file=tokenizer.path)
+
+        def tokenise() -> None:
+            target = Path(tempfile.mkdtemp(dir=place))
+            shutil.copy(tokenizer.path, target)
+            tokenize(Source("texts", lambda: texts, 1.0, "", []), target)
+
+        models = {"1M": build(TOY, settings, ranks), "15M": build(config, settings, ranks)}
+        optimizers = {name: adamw(model, 0.1) for name, model in models.items()}
+        batches = mixture.batch_at(0, 8, 8, ranks)
+        steps = {f"step of the {name}": partial(optimizer_step, model, optimizers[name], batches, lm_loss, 1e-5, 1.0, ranks)
+                 for name, model in models.items()}
+        saved, copied, state = Path(place, "saved"), Path(place, "copied"), ({"model": models["15M"]}, {"model": optimizers["15M"]})
+        copied.mkdir()
+        numbers = count(1)
+
+        def copy() -> None:
+            for file in checkpoints(saved)[-1].iterdir():
+                replace_file(copied / file.name, file.read_bytes())  # to the disk, as a checkpoint goes
+
+        def start_up() -> None:
+            log = out / "metrics.jsonl"
+            log.unlink(missing_ok=True)
+            run = subprocess.Popen([sys.executable, HERE.parent / "pretrain.py", "--data", "toy/stories", "--out", out, "--no-resume",
+                                    "--threads", str(args.threads)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while run.poll() is None and not (log.exists() and log.stat().st_size):
+                time.sleep(0.01)
+            run.kill()
+            run.wait()
+
+        seconds = interleaved({
+            "batch of 8 × 256": lambda: [mixture.batch_at(i, 8, 8, ranks) for i in range(50)], **steps,
+            "tokenising": tokenise, "sentencepiece alone": lambda: processor.encode(texts, num_threads=1),
+            "saving": lambda: save_checkpoint(saved, next(numbers), *state, {}, keep=1),
+            "loading": lambda: load_checkpoint(checkpoints(saved)[-1], *state), "copying": copy,
+            "start-up": start_up, "importing torch": lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
+        }, args.repetitions)
+        stored = sum(file.stat().st_size for file in checkpoints(saved)[-1].iterdir())
+    seconds["batch of 8 × 256"] = [s / 50 for s in seconds["batch of 8 × 256"]]
+    for name, bound, size in [
+            ("batch of 8 × 256", "step of the 1M", None), ("batch of 8 × 256", "step of the 15M", None),
+            ("tokenising", "sentencepiece alone", size), ("saving", "copying", stored), ("loading", "copying", stored),
+            ("start-up", "importing torch", None)]:
+        shown = [f"{spread(summary(seconds[who], size / 1e6))} MB/s" if size else f"{1000 * statistics.median(seconds[who]):,.1f} ms"
+                 for who in (name, bound)]
+        found[f"{name} / {bound}"] = {"ours": seconds[name], "its": seconds[bound], "ratio": ratio(seconds[name], seconds[bound])}
+        rows.append([name, shown[0], bound, shown[1], f"{found[f'{name} / {bound}']['ratio']:.2f}"])
+    print_table(["what", "ours", "against", "its", "times as fast"], rows)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- reinforcement learning
+
+
+def random_models(folder: str) -> None:
+    """A chat model and two reward models of the toy size with weights that were never trained, where a pipeline puts its own."""
+    file = f"{folder}/tokenizer.model"
+    Tokenizer.train(islice(toy.documents(toy.World(0), "encyclopedia"), 2000), file, 1024, TOY_SYMBOLS)
+    for name, kind in (("sft", Transformer), ("reward-helpfulness", RewardModel), ("reward-safety", RewardModel)):
+        save_model(kind(TOY), f"{folder}/{name}", file)
+
+
+def clocked(seconds: dict[str, list[float]], name: str, run: Callable[[], object]) -> object:
+    """What `run` returns; how long it took is added to the times of that name."""
+    begin = time.perf_counter()
+    result = run()
+    seconds.setdefault(name, []).append(time.perf_counter() - begin)
+    return result
+
+
+def rl(args: argparse.Namespace) -> dict:
+    """An iteration of PPO (64 prompts), plain sampling for the same prompts, and a round of rejection sampling (64 × 16)."""
+    with tempfile.TemporaryDirectory() as place:
+        runs = args.runs or place
+        if not args.runs:
+            random_models(place)
+        settings = parse(rlhf.Ppo, ["--init", f"{runs}/sft", "--helpfulness", f"{runs}/reward-helpfulness", "--harmlessness",
+                                    f"{runs}/reward-safety", "--threads", str(args.threads), "--dtype", "fp32"])
+        best_of = parse(rlhf.Settings, ["--init", settings.init, "--threads", str(args.threads)])
+        ranks, parent, tokenizer = start(settings), parent_of(settings.init), Tokenizer(f"{settings.init}/tokenizer.model")
+        models, tuned = rlhf.load_models(parent, settings, ranks), build(parent.config, settings, ranks)
+        optimizers = {name: adamw(model, 0.1) for name, model in (("policy", models.policy), ("critic", models.critic))}
+        tuner, (plain,) = adamw(tuned, 0.1), load_speakers([settings.init], ranks)
+        judges = rlhf.load_judges(settings.helpfulness, settings.harmlessness, ranks)
+    iterations, rounds, drawn = {}, {}, []
+    for i in range(args.repetitions + 1):
+        prompts = rlhf.toy_prompts(toy.World(0), settings.batch_size, i)
+        ids, answers = clocked(iterations, "sampling", lambda: rlhf.sample_answers(
+            models.policy, prompts, i, tokenizer, settings, ranks))
+
+        def score() -> dict[str, Tensor]:
+            r_c, _ = rlhf.score_answers(models, prompts, ids, answers, 0.15, settings, ranks)
+            return rlhf.make_batch(models, ids, answers, r_c, tokenizer.eos_id, settings.kl_coef, settings, ranks)[0]
+
+        batch = clocked(iterations, "scoring", score)
+        clocked(iterations, "training", lambda: rlhf.learn(
+            models, optimizers, batch, settings.critic_warmup + 1, None, settings, ranks, False))
+        simple = clocked(iterations, "plain generate", lambda: generate(
+            plain.model, ids, settings.max_new_tokens, settings.temperature, 1.0, (tokenizer.eos_id,), i))
+        drawn.append([sum(map(len, answers)), sum(map(len, simple))])
+        many = clocked(rounds, "sampling", lambda: generate(
+            plain.model, ids, best_of.max_new_tokens, best_of.temperature, 1.0, (tokenizer.eos_id,), i, best_of.n_samples))
+        asked = [one for one in ids for _ in range(best_of.n_samples)]
+        r_h, _ = clocked(rounds, "scoring", lambda: judges.score([a + b for a, b in zip(asked, many)]))
+        best = [j * best_of.n_samples + k for j, k in enumerate(r_h.reshape(len(ids), -1).argmax(1))]
+
+        def tune() -> None:
+            flags = [np.repeat([False, True], [len(asked[j]), len(many[j])]) for j in best]
+            dialogs = {"tokens": np.concatenate([asked[j] + many[j] for j in best]), "is_answer": np.concatenate(flags),
+                       "ends": np.cumsum([len(f) for f in flags])}
+            packed = PackedDialogs(dialogs, np.full(len(best), 4.0), 1, 256, i, True)  # `pool:4`, without the replay
+            for step in range(math.ceil(packed.n_rows / 8)):
+                optimizer_step(tuned, tuner, packed.batch_at(step, 8, 8, ranks), lm_loss, 1e-4, 1.0, ranks)
+
+        clocked(rounds, "training", tune)
+    rows, found = [], {}
+    for name, seconds in (("PPO, an iteration", iterations), ("rejection sampling, a round", rounds)):
+        parts = {part: statistics.median(seconds[part][1:]) for part in ("sampling", "scoring", "training")}
+        whole = sum(parts.values())
+        rows.append([name, f"{whole:.2f} s", *(f"{s:.2f} s, {s / whole:.0%}" for s in parts.values())])
+        found[name] = parts
+    print_table(["what", "all", "sampling", "scoring", "training"], rows)
+    ours, simple = ([s / n[who] for s, n in zip(iterations[part], drawn)][1:]
+                    for who, part in enumerate(("sampling", "plain generate")))  # seconds a token
+    found |= {"PPO": summary(ours, 1), "plain": summary(simple, 1), "ratio": ratio(ours, simple)}
+    print(f"\ntokens/s of PPO's sampling {spread(found['PPO'])}, of plain generate {spread(found['plain'])}, "
+          f"ratio {found['ratio']:.2f}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- scaling
+
+
+def step_cost(config: ModelConfig, batch: int, seq: int, ranks: Ranks, repetitions: int) -> dict[str, float]:
+    """Tokens per second of all ranks, and the peak memory of this one, of a step with `batch` rows on each rank."""
+    model = build(config, parse(Settings, ["--dtype", "fp32"]), ranks)
+    tokens, optimizer = torch.randint(config.vocab_size, (batch, seq + 1)), adamw(model, 0.1)
+    run = partial(optimizer_step, model, optimizer, [(tokens[:, :-1], tokens[:, 1:].contiguous())], lm_loss, 1e-5, 1.0, ranks)
+    seconds = interleaved({"step": run}, repetitions)["step"]
+    return summary(seconds, batch * seq * ranks.world_size) | {"memory": peak_memory(model, optimizer, run, ranks.device)}
+
+
+def scaling(args: argparse.Namespace) -> dict | None:
+    """One step of the 15M under FSDP: context at 4,096 tokens a step, batch at T 256, ranks at 4 rows of 256 each."""
+    if "RANK" in os.environ:
+        ranks = start(parse(Settings, ["--threads", str(args.threads)]))
+        cases = {f"{ranks.world_size} ranks": (4, 256)}
+        if ranks.world_size == 1:
+            cases |= {f"context {seq}": (4096 // seq, seq) for seq in (256, 512, 1024, 2048, 4096)}
+            cases |= {f"batch {batch}": (batch, 256) for batch in (1, 2, 4, 8, 16)}
+        found = {name: step_cost(replace(TOY_L, max_seq_len=4096), *case, ranks, args.repetitions) for name, case in cases.items()}
+        return None if ranks.rank else found
+    found = {}
+    for n in (1, 2, 4):
+        result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *sys.argv],
+                                check=True, stdout=subprocess.PIPE, text=True)
+        found |= json.loads(result.stdout.strip().split("\n")[-1])
+    found = {name: cost for name, cost in found.items() if name not in ("command", "threads")}
+    print_table(["what", "tokens/s", "peak of a rank, MB"],
+                [[name, spread(cost), f"{cost['memory'] / 1e6:,.0f}"] for name, cost in found.items()])
+    begin, config = time.perf_counter(), PRESETS["70b"]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2048)
+    mesh = init_device_mesh("cpu", (2048,))
+    with torch.device("meta"):
+        model = Transformer(config)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
+    mine = sum(p.to_local().numel() for p in model.parameters())
+    assert mine == shard_size(config, 2048)
+    found["70B over 2,048 ranks"] = {"seconds": time.perf_counter() - begin, "parameters of rank 0": mine}
+    print(f"\n70B over 2,048 ranks of the fake group: laid out in {found['70B over 2,048 ranks']['seconds']:.1f} s, "
+          f"{mine:,} parameters on rank 0, as planned")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- heads
+
+
+@torch.inference_mode()
+def decode(model: Transformer, batch: int, context: int, steps: int) -> Callable[[], None]:
+    """A function that decodes `steps` tokens of each row behind a context of random keys and values."""
+    c = model.config
+    cache = KVCache(c, torch.full((batch,), context), context + steps)
+    room = batch, c.n_kv_heads, context + steps, c.head_dim
+    cache.memory = [[torch.randn(room), torch.randn(room)] for _ in model.layers]
+    tokens = torch.randint(c.vocab_size, (batch, 1))
+
+    @torch.inference_mode()
+    def run() -> None:
+        cache.used, cache.lengths = context, torch.full((batch,), context)
+        for _ in range(steps):
+            model(tokens, cache=cache)
+    return run
+
+
+def heads(args: argparse.Namespace) -> dict:
+    """Decoding at a context of 512 with 6, 3, 2 and 1 key and value heads, the feed-forward layer widened to equal size."""
+    rows, found, models = [], {}, {}
+    for n in (6, 3, 2, 1):
+        wider = 2 * (6 - n) * TOY_L.head_dim // 3  # what wk and wv lose, w1, w2 and w3 gain
+        models[f"{n} of 6"] = Transformer(replace(TOY_L, n_kv_heads=n, ffn_hidden=TOY_L.ffn_hidden + wider)).eval()
+    for batch in (1, 8, 64):
+        seconds = interleaved({name: decode(model, batch, 512, 8) for name, model in models.items()}, args.repetitions)
+        for name, model in models.items():
+            c, latency, rate = model.config, statistics.median(seconds[name]) / 8, summary(seconds[name], batch * 8)
+            cached, times = 4 * 2 * c.n_layers * c.n_kv_heads * c.head_dim * 520 * batch, ratio(seconds[name], seconds["6 of 6"])
+            rows.append([str(batch), name, f"{1000 * latency:.1f}", spread(rate), f"{times:.2f}", f"{cached / 1e6:,.0f}"])
+            found[f"{name} batch {batch}"] = rate | {"latency": latency, "× MHA": times, "cache": cached}
+    sizes = ", ".join(f"{name}: {count_parameters(model.config):,}" for name, model in models.items())
+    print_table(["batch", "key and value heads", "ms a token", "tokens/s", "× MHA", "cache, MB"], rows)
+    print(f"\nparameters: {sizes}")
+    return found
+
+
+COMMANDS = {"sampling": sampling, "gathered": sample_gathered, "training": training, "pieces": pieces, "rl": rl,
+            "scaling": scaling, "heads": heads}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Measure speed, beside what it is compared with.")
@@ -280,6 +533,7 @@ if __name__ == "__main__":
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--only", default="", help="cases whose name holds this, as in `--only 15M`")
+    parser.add_argument("--runs", default="", help="rl: a folder with sft, reward-helpfulness, reward-safety; else random weights")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if (found := COMMANDS[args.command](args)) is not None:
