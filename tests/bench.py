@@ -276,7 +276,7 @@ def training(args: argparse.Namespace) -> dict:
         except ImportError as error:
             print(f"without litgpt: {error}")
         optimizers = {id(model): adamw(model, 0.1) for model, _, _ in models.values()}
-        runs = {name: partial(optimizer_step, called, optimizers[id(model)], batches, loss, 1e-5, 1.0, ranks)
+        runs = {name: partial(optimizer_step, called, optimizers[id(model)], batches, loss, 0.0, 1.0, ranks)  # weights stay
                 for name, (model, called, loss) in models.items()}
         losses = {name: run()["loss"] for name, run in runs.items()}
         assert max(losses.values()) - min(losses.values()) < 0.02, losses  # they do compute the same
@@ -330,13 +330,13 @@ def pieces(args: argparse.Namespace) -> dict:
 
         def start_up() -> None:
             log = out / "metrics.jsonl"
-            log.unlink(missing_ok=True)
+            log.unlink(missing_ok=True)  # of the run before
             run = subprocess.Popen([sys.executable, HERE.parent / "pretrain.py", "--data", "toy/stories", "--out", out, "--no-resume",
                                     "--threads", str(args.threads)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             while run.poll() is None and not (log.exists() and log.stat().st_size):
                 time.sleep(0.01)
             run.kill()
-            run.wait()
+            assert run.wait() < 0, "pretrain.py ended before its first step"
 
         seconds = interleaved({
             "batch of 8 × 256": lambda: [mixture.batch_at(i, 8, 8, ranks) for i in range(50)], **steps,
@@ -454,7 +454,7 @@ def scaling(args: argparse.Namespace) -> dict | None:
     """One step of the 15M under FSDP: context at 4,096 tokens a step, batch at T 256, ranks at 4 rows of 256 each."""
     if "RANK" in os.environ:
         ranks = start(parse(Settings, ["--threads", str(args.threads)]))
-        cases = {f"{ranks.world_size} ranks": (4, 256)}
+        cases = {f"ranks {ranks.world_size}": (4, 256)}
         if ranks.world_size == 1:
             cases |= {f"context {seq}": (4096 // seq, seq) for seq in (256, 512, 1024, 2048, 4096)}
             cases |= {f"batch {batch}": (batch, 256) for batch in (1, 2, 4, 8, 16)}
