@@ -45,9 +45,9 @@ import rlhf
 import toy
 from model import (PRESETS, KVCache, ModelConfig, Transformer, count_parameters, generate, save_hf, swap_rope_layout,
                    with_vocab)
-from pretrain import (Mixture, Ranks, Settings, Source, adamw, build, checkpoints, gathered, lm_loss, load_checkpoint, mfu, optimizer_step,
-                      parent_of, parse, prepare, replace_file, save_checkpoint, save_model, shard_size, start, text_sources,
-                      tokenize)
+from pretrain import (Mixture, Ranks, Settings, Source, adamw, build, checkpoints, gathered, lm_loss, load_checkpoint, mfu,
+                      optimizer_step, parent_of, parse, prepare, replace_file, save_checkpoint, save_model, shard_size, start,
+                      text_sources, tokenize)
 from reward import RewardModel, load_speakers
 from sft import PackedDialogs
 from tokenizer import TOY_SYMBOLS, Tokenizer
@@ -320,7 +320,8 @@ def pieces(args: argparse.Namespace) -> dict:
         batches = mixture.batch_at(0, 8, 8, ranks)
         steps = {f"step of the {name}": partial(optimizer_step, model, optimizers[name], batches, lm_loss, 1e-5, 1.0, ranks)
                  for name, model in models.items()}
-        saved, copied, state = Path(place, "saved"), Path(place, "copied"), ({"model": models["15M"]}, {"model": optimizers["15M"]})
+        saved, copied = Path(place, "saved"), Path(place, "copied")
+        state = {"model": models["15M"]}, {"model": optimizers["15M"]}
         copied.mkdir()
         numbers = count(1)
 
@@ -331,8 +332,9 @@ def pieces(args: argparse.Namespace) -> dict:
         def start_up() -> None:
             log = out / "metrics.jsonl"
             log.unlink(missing_ok=True)  # of the run before
-            run = subprocess.Popen([sys.executable, HERE.parent / "pretrain.py", "--data", "toy/stories", "--out", out, "--no-resume",
-                                    "--threads", str(args.threads)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            run = subprocess.Popen(
+                [sys.executable, HERE.parent / "pretrain.py", "--data", "toy/stories", "--out", out, "--no-resume", "--threads",
+                 str(args.threads)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             while run.poll() is None and not (log.exists() and log.stat().st_size):
                 time.sleep(0.01)
             run.kill()
