@@ -355,8 +355,9 @@ def pieces(args: argparse.Namespace) -> dict:
             ("start-up", "importing torch", None)]:
         shown = [f"{spread(summary(seconds[who], size / 1e6))} MB/s" if size else f"{1000 * statistics.median(seconds[who]):,.1f} ms"
                  for who in (name, bound)]
-        found[f"{name} / {bound}"] = {"ours": seconds[name], "its": seconds[bound], "ratio": ratio(seconds[name], seconds[bound])}
-        rows.append([name, shown[0], bound, shown[1], f"{found[f'{name} / {bound}']['ratio']:.2f}"])
+        times = ratio(seconds[name], seconds[bound])
+        found[f"{name} / {bound}"] = {"ours": seconds[name], "its": seconds[bound], "ratio": times}
+        rows.append([name, shown[0], bound, shown[1], f"{times:.2f}"])
     print_table(["what", "ours", "against", "its", "times as fast"], rows)
     return found
 
