@@ -222,7 +222,10 @@ def start(settings) -> Ranks:
     kind = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:  # started by torchrun
-        dist.init_process_group(backend)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else, started again, they read the addresses of dead ranks (torch 2.13)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
         be_alone(backend)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -817,7 +820,7 @@ def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], o
         if dist.get_rank() == 0:
             replace_file(aside / "checksums.json", json.dumps(sums).encode())
             os.replace(aside, final)
-    except (OSError, dcp.api.CheckpointException) as error:  # torch wraps what a rank raises; a full disk is a RuntimeError to it
+    except (OSError, dcp.api.CheckpointException) as error:  # torch wraps what a rank raises: a full disk is a RuntimeError
         reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
         free = shutil.disk_usage(out).free / 1e6
         shutil.rmtree(aside, ignore_errors=True)
