@@ -824,8 +824,8 @@ def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], o
         reason = next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
         free = shutil.disk_usage(out).free / 1e6
         shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(f"{final}: can't be saved ({type(reason).__name__}, {free:.1f} MB are free there); what was saved before "
-                         "is whole: make room, then the same command goes on from there") from error
+        raise InputError(f"{final}: can't be saved ({type(reason).__name__}, {free:.1f} MB are free there); what was saved "
+                         "before is whole: make room, then the same command goes on from there") from error
     if dist.get_rank() == 0:
         for old in checkpoints(out)[:-keep]:
             remove_checkpoint(old)
