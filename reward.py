@@ -88,7 +88,7 @@ class Settings(Common):
 
 
 def margin_ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
-    """-log σ(r_c - r_r - m(r)), the mean over pairs (§3.2.2, eq. 2).
+    """-log σ(r_c - r_r - m(r)), the mean over pairs (§3.2.2, eq. 2); with margin 0 it is eq. 1.
 
     chosen, rejected: (pairs,) raw scores, before any sigmoid. margin: (pairs,), 0 for unrated pairs.
     """
@@ -440,16 +440,17 @@ def main(settings: Settings) -> None:
         out = Path(settings.out)
         own, mixed_in, tested = training_data(settings)
         files = {file: file_fingerprint(file) for file in (*settings.data, *settings.rest)}
-        sizes = (tokenizer, settings.seq_len, settings.margin)
-        _, pairs, long = encode_pairs(own + mixed_in, *sizes)
-        tested, test_pairs, test_long = encode_pairs(tested, *sizes)
+        encode = partial(encode_pairs, tokenizer=tokenizer, seq_len=settings.seq_len, margin=settings.margin)
+        _, pairs, long = encode(own + mixed_in)
+        tested, test_pairs, test_long = encode(tested)
         if not pairs or not tested:
             raise InputError(f"there is no comparison left to {'train' if not pairs else 'test'} on")
         n = min(len(pairs), settings.pairs or len(pairs))
         pairs = [pairs[i] for i in permute(np.arange(n), len(pairs), settings.seed)]
         steps = min(math.ceil(n / settings.batch_size), settings.steps or sys.maxsize)
         record = open_run(settings, "reward", ranks, data=files, parent=settings.init, parent_fingerprint=parent.fingerprint)
-        settings = replace(settings, warmup=settings.warmup or max(5, round(0.03 * steps)))
+        if settings.warmup is None:
+            settings = replace(settings, warmup=max(5, round(0.03 * steps)))
         model = build(config, settings, ranks, RewardModel)
         parent.fill(model, skip=HEAD)
         set_weights(model.output, lambda name, shape: head_weight(shape, settings.seed, ranks.device))
@@ -466,12 +467,10 @@ def main(settings: Settings) -> None:
         # bias, puts it at the mean of the held-out answers (our choice).
         has_zero = settings.safety_aux > 0 and any(any(pair.labels) for pair in pairs)
 
-        def evaluate(step: int) -> dict:
+        def measure_held_out(step: int) -> dict:
             scores, lengths = score_pairs(model, test_pairs, ranks)
             if step == steps and not has_zero:
-                with torch.no_grad():
-                    model.output.bias.sub_(scores.mean())
-                scores -= scores.mean()
+                scores = centre(model, scores)
             found = measure(scores, tested, lengths)
             if ranks.rank == 0:
                 replace_file(out / "accuracy.json", json.dumps(found).encode())
@@ -483,13 +482,21 @@ def main(settings: Settings) -> None:
         loss_fn = partial(reward_loss, safety_aux=settings.safety_aux)
         batches = partial(batch_at, pairs, batch_size=settings.batch_size, micro_batch=settings.micro_batch, seed=settings.seed,
                           ranks=ranks)
-        train(model, adamw(model, settings.weight_decay, settings.adam_eps), batches, loss_fn, settings, ranks, steps, evaluate)
+        train(model, adamw(model, settings.weight_decay, settings.adam_eps), batches, loss_fn, settings, ranks, steps,
+              measure_held_out)
         if ranks.rank == 0:
             print_measures({f"{settings.kind}, held-out prompts": json.loads((out / "accuracy.json").read_text())})
             print(f"model and metrics are in {out}")
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
+
+
+def centre(model: RewardModel, scores: np.ndarray) -> np.ndarray:
+    """Shift a reward model's bias so that the mean of these scores is 0, and return them: eq. 1 leaves it open (our choice)."""
+    with torch.no_grad():
+        model.output.bias.sub_(scores.mean())
+    return scores - scores.mean()
 
 
 def score_pairs(model: nn.Module, pairs: list[Pair], ranks: Ranks | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -518,7 +525,7 @@ def trend(right: np.ndarray, level: np.ndarray) -> tuple[float, float]:
 def measure(scores: np.ndarray, pairs: list[dict], lengths: np.ndarray) -> dict:
     """What Tables 7, 8 and 29 say of a model on a test set: {"accuracy": {group: [n, mean, low, high]}, ...}.
 
-    scores: (pairs, {chosen, rejected}) raw. lengths: the same for the answers' tokens. Equal scores count as wrong. The
+    scores: (pairs, {chosen, rejected}) raw. lengths: the same, in tokens of dialogue and answer. Equal scores count as wrong. The
     groups are all, the ratings, and the safety bins; "longer" judges by length alone (equal ones by coin), "recall" is
     the share of unsafe answers below 0.5 after the sigmoid, "trend" says whether accuracy rises with the rating.
     """
@@ -587,8 +594,8 @@ def evaluate(settings: Eval) -> None:
             judged[run, test], measures[f"{run} on {test}"] = (pairs, scores), measure(scores, pairs, lengths)
     print_measures(measures)
     for name, found in measures.items():
-        z, p = found.get("trend", (0, 1))
-        print(f"{name}: accuracy rises with the rating, z = {z:.1f}, p = {p:.2g}")
+        if "trend" in found:
+            print("{}: trend of the accuracy with the rating, z = {:.1f}, p = {:.2g}".format(name, *found["trend"]))
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     draw(judged, configs, measures, out)

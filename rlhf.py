@@ -91,10 +91,53 @@ class Settings(Tuning):
 def combine_rewards(safety: np.ndarray, helpfulness: np.ndarray, is_safety: np.ndarray, threshold: float = 0.15) -> np.ndarray:
     """R_c of §3.2.3: the safety score if the prompt is tagged unsafe or that score is below the threshold, else helpfulness.
 
-    safety, helpfulness: (answers,) scores in (0, 1), after a sigmoid. is_safety: (answers,) bool, whether the prompt of
-    an answer is likely to draw unsafe ones. threshold: 0.15 in the paper, with precision .89 and recall .55.
+    safety, helpfulness: scores in (0, 1), after a sigmoid, and is_safety, bool, whether the prompt of an answer is likely to
+    draw unsafe ones; of any shapes that broadcast. threshold: 0.15 in the paper, with precision .89 and recall .55.
     """
     return np.where(is_safety | (safety < threshold), safety, helpfulness)
+
+
+def logit(p: Tensor, margin: float = 1e-6) -> Tensor:
+    """log(p / (1 - p)), the inverse of the sigmoid (§3.2.3); p is kept `margin` away from 0 and 1, so that it stays finite."""
+    return torch.logit(p, eps=margin)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / √(variance + 1e-8) over all places of the mask at once; 0 elsewhere (§3.2.3, WHITEN).
+
+    x, mask: of any one shape; mask: bool. The variance is the unbiased one; of a single place it is 0.
+    """
+    n = mask.sum()
+    away = (x - x.where(mask, 0).sum() / n.clamp(min=1)).where(mask, 0)
+    return away / (away.square().sum() / (n - 1).clamp(min=1) + 1e-8).sqrt()
+
+
+def whiten_scores(r_c: Tensor, finished: Tensor, whitened: bool = True) -> Tensor:
+    """R̃_c = WHITEN(LOGIT(R_c)) over a batch (§3.2.3); an answer that was cut off gets -1 and counts in no mean (our choice).
+
+    r_c: (rows,) R_c in (0, 1). finished: (rows,) bool, whether an answer ended with EOS.
+    """
+    scores = logit(r_c)
+    scores = whiten(scores, finished) if whitened else scores.where(finished, 0)
+    return scores - (~finished).to(scores.dtype)
+
+
+def kl_estimates(log_probs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """k1 = log π/π₀ and k3 = π₀/π - 1 - log π₀/π of each token: the mean of both under π is KL(π ‖ π₀) (Schulman, 2020).
+
+    k1 can be negative and is what eq. 4 pays for; k3 can't, varies less, and is logged beside it.
+    """
+    difference = reference - log_probs
+    return -difference, torch.expm1(difference) - difference
+
+
+def token_rewards(scores: Tensor, log_probs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """R of eq. 4 token by token: -β log π/π₀ for each action, and the score of the answer for its last one. (rows, seq)
+
+    scores: (rows,). log_probs, reference: (rows, seq) of the actions under π and π₀.
+    """
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # (rows, seq)
+    return (-kl_coef * (log_probs - reference)).where(mask, 0) + scores[:, None].where(is_last, 0)
 
 
 def choose_threshold(safety: np.ndarray, is_unsafe: np.ndarray, precision: float = 0.89) -> tuple[float, float, float]:
@@ -110,36 +153,6 @@ def choose_threshold(safety: np.ndarray, is_unsafe: np.ndarray, precision: float
     at = enough[-1] if len(enough) else last[np.argmax((hits / n)[last])]
     above = safety[order[at + 1]] if at + 1 < len(safety) else 1.0
     return float((safety[order[at]] + above) / 2), float(hits[at] / n[at]), float(hits[at] / hits[-1])
-
-
-def load_reward(folder: str, settings, ranks: Ranks) -> RewardModel:
-    """A reward model, sharded over the ranks and frozen."""
-    parent = parent_of(folder)
-    model = build(parent.config, settings, ranks, RewardModel)
-    parent.fill(model)
-    return model.eval().requires_grad_(False)
-
-
-def parents_of(folders: list[str]) -> dict[str, Parent]:
-    """The models of folders by their names; InputError if their tokenizers differ, for the ids of answers go from one to all."""
-    parents = {folder: parent_of(folder) for folder in folders}
-    for folder, parent in parents.items():
-        if file_fingerprint(parent.tokenizer) != file_fingerprint(parents[folders[0]].tokenizer):
-            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common; "
-                             "name models of one tokenizer")
-    return parents
-
-
-def toy_prompts(world: toy.World, n: int, seed: int, split: str = "train", unsafe: float = 0.25) -> list[dict]:
-    """n distinct prompts of the tiny world, of which a share is unsafe, with or without an attack (our choice)."""
-    found: dict[str, dict] = {}
-    for kinds, wanted in ((["unsafe"], round(unsafe * n)), (None, n)):
-        for prompt in toy.prompts(world, 4 * n, seed, split, kinds):  # there are few unsafe ones; if too few, harmless ones come
-            if len(found) < wanted:
-                found.setdefault(prompt["id"], prompt)
-    prompts = list(found.values())
-    Random(f"{seed}/rlhf").shuffle(prompts)
-    return prompts
 
 
 # ---------------------------------------------------------------------------------------------- best of N
@@ -173,6 +186,36 @@ def best_scored(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------- samples and their scores
+
+
+def load_reward(folder: str, settings, ranks: Ranks) -> RewardModel:
+    """A reward model, sharded over the ranks and frozen."""
+    parent = parent_of(folder)
+    model = build(parent.config, settings, ranks, RewardModel)
+    parent.fill(model)
+    return model.eval().requires_grad_(False)
+
+
+def parents_of(folders: list[str]) -> dict[str, Parent]:
+    """The models of folders by their names; InputError if their tokenizers differ, for the ids of answers go from one to all."""
+    parents = {folder: parent_of(folder) for folder in folders}
+    for folder, parent in parents.items():
+        if file_fingerprint(parent.tokenizer) != file_fingerprint(parents[folders[0]].tokenizer):
+            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common; "
+                             "name models of one tokenizer")
+    return parents
+
+
+def toy_prompts(world: toy.World, n: int, seed: int | str, split: str = "train", unsafe: float = 0.25) -> list[dict]:
+    """n distinct prompts of the tiny world, of which a share is unsafe, with or without an attack (our choice)."""
+    found: dict[str, dict] = {}
+    for kinds, wanted in ((["unsafe"], round(unsafe * n)), (None, n)):
+        for prompt in toy.prompts(world, 4 * n, seed, split, kinds):  # there are few unsafe ones; if too few, harmless ones come
+            if len(found) < wanted:
+                found.setdefault(prompt["id"], prompt)
+    prompts = list(found.values())
+    Random(f"{seed}/rlhf").shuffle(prompts)
+    return prompts
 
 
 class Judges(NamedTuple):
@@ -331,7 +374,7 @@ def make_pool(settings: Settings, prompts: list[dict], ranks: Ranks, earlier: li
         return
     threshold = settings.threshold
     if threshold is None:
-        threshold, precision, recall = safety_threshold(settings, judges(), speaker().tokenizer)
+        threshold, precision, recall = safety_threshold(settings.safety_test, judges().safety, speaker().tokenizer)
         print(f"safety scores below {threshold:.3f} count as unsafe: precision {precision:.2f}, recall {recall:.2f} on "
               f"{settings.safety_test} (the paper: 0.15, .89, .55)")
     tokenizer = speaker().tokenizer
@@ -356,14 +399,14 @@ def make_pool(settings: Settings, prompts: list[dict], ranks: Ranks, earlier: li
     write_jsonl(out / "pool.jsonl", pool)
 
 
-def safety_threshold(settings, judges: Judges, tokenizer: Tokenizer) -> tuple[float, float, float]:
-    """`choose_threshold` on the comparisons of --safety_test; InputError if none of their answers is labelled unsafe."""
-    pairs = read_named((settings.safety_test,))
+def safety_threshold(file: str, safety: RewardModel, tokenizer: Tokenizer) -> tuple[float, float, float]:
+    """`choose_threshold` on the comparisons of a file; InputError if none of their answers is labelled unsafe."""
+    pairs = read_named((file,))
     labels = safety_labels(pairs).ravel()
     if not (labels < 0).any():
-        raise InputError(f"{settings.safety_test}: no answer is labelled unsafe, so no threshold can be chosen; give --threshold")
+        raise InputError(f"{file}: no answer is labelled unsafe, so no threshold can be chosen; give --threshold")
     rows = [prompt + answer for prompt, answers in (pair_ids(pair, tokenizer) for pair in pairs) for answer in answers]
-    scores = sigmoid(score_rows(judges.safety, rows))
+    scores = sigmoid(score_rows(safety, rows))
     return choose_threshold(scores[labels != 0], labels[labels != 0] < 0)
 
 
@@ -566,51 +609,7 @@ class Ppo(Common):
     }
 
 
-# ---- rewards
-
-
-def logit(p: Tensor, margin: float = 1e-6) -> Tensor:
-    """log(p / (1 - p)), the inverse of the sigmoid (§3.2.3); p is kept `margin` away from 0 and 1, so that it stays finite."""
-    return torch.logit(p, eps=margin)
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(x - mean) / √(variance + 1e-8) over all places of the mask at once; 0 elsewhere (§3.2.3, WHITEN).
-
-    x, mask: of any one shape; mask: bool. The variance is the unbiased one; of a single place it is 0.
-    """
-    n = mask.sum()
-    away = (x - x.where(mask, 0).sum() / n.clamp(min=1)).where(mask, 0)
-    return away / (away.square().sum() / (n - 1).clamp(min=1) + 1e-8).sqrt()
-
-
-def whiten_scores(r_c: Tensor, finished: Tensor, whitened: bool = True) -> Tensor:
-    """R̃_c = WHITEN(LOGIT(R_c)) over a batch (§3.2.3); an answer that was cut off gets -1 and counts in no mean (our choice).
-
-    r_c: (rows,) R_c in (0, 1). finished: (rows,) bool, whether an answer ended with EOS.
-    """
-    scores = logit(r_c)
-    scores = whiten(scores, finished) if whitened else scores.where(finished, 0)
-    return scores - (~finished).to(scores.dtype)
-
-
-def kl_estimates(log_probs: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """k1 = log π/π₀ and k3 = π₀/π - 1 - log π₀/π of each token: the mean of both under π is KL(π ‖ π₀) (Schulman, 2020).
-
-    k1 can be negative and is what eq. 4 pays for; k3 can't, varies less, and is logged beside it.
-    """
-    difference = reference - log_probs
-    return -difference, torch.expm1(difference) - difference
-
-
-def token_rewards(scores: Tensor, log_probs: Tensor, reference: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """R of eq. 4 token by token: -β log π/π₀ for each action, and the score of the answer for its last one. (rows, seq)
-
-    scores: (rows,). log_probs, reference: (rows, seq) of the actions under π and π₀.
-    """
-    k1, _ = kl_estimates(log_probs, reference)
-    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # (rows, seq)
-    return (-kl_coef * k1).where(mask, 0) + scores[:, None].where(is_last, 0)
+# ---- advantages
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -649,7 +648,10 @@ def ppo_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, c
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """½ max((V - R)², (clamp(V, old ± clip) - R)²), and how often the clamp bites; sums over the mask. All (rows, seq)."""
+    """½ max((V - R)², (clamp(V, old ± clip) - R)²), and how often the clamp bites; sums over the mask. All (rows, seq).
+
+    The paper does not state the critic's loss: our choice, that of Ziegler et al. (2019).
+    """
     clamped = torch.clamp(values, old - clip, old + clip)
     free, clamped = ((v - returns).where(mask, 0).square() for v in (values, clamped))
     return 0.5 * torch.maximum(free, clamped).sum(), (clamped > free).sum()
@@ -695,7 +697,7 @@ class Models(NamedTuple):
 
 
 def load_models(parent: Parent, settings: Ppo, ranks: Ranks) -> Models:
-    """Policy and reference from --init, the reward models, and the critic: the trunk of R_h under a head of zeros."""
+    """Policy and reference from --init, the reward models, and the critic: R_h's trunk under a head of zeros (our choice)."""
     policy, reference = (build(parent.config, settings, ranks) for _ in range(2))
     for model in (policy, reference):
         parent.fill(model)
@@ -763,8 +765,9 @@ def sample_answers(policy: Transformer, prompts: list[dict], seed: int, tokenize
     room = settings.seq_len - settings.max_new_tokens
     ids = [tokenizer.encode_dialog(toy_messages(prompt))[0][-room:] for prompt in prompts]
     mine = range(ranks.rank, len(ids), ranks.world_size)
-    with gathered(policy, compute_dtype(settings, ranks)) as whole:  # top-p would draw from another policy than learns
-        drawn = generate(whole, [ids[i] for i in mine], settings.max_new_tokens, settings.temperature, top_p=1.0,
+    with gathered(policy, compute_dtype(settings, ranks)) as whole:  # sharded weights sample some 20 times slower (§3.2.3)
+        drawn = generate(whole, [ids[i] for i in mine], settings.max_new_tokens, settings.temperature,
+                         top_p=1.0,  # a smaller one would draw from another policy than the one that learns
                          stop=(tokenizer.eos_id,), seed=seed, rows=mine)
     parts: list = [None] * ranks.world_size
     dist.all_gather_object(parts, drawn, group=cpu_group())
@@ -786,7 +789,8 @@ def make_batch(models: Models, ids: list[list[int]], answers: list[list[int]], r
                settings: Ppo, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What is learned from, each (rows, seq): inputs, targets, log_probs, values, advantages (whitened), returns; and figures.
 
-    sigmoid → R_c → logit → whitened over the batch → -β · k1 of each token → advantages → whitened over all tokens.
+    sigmoid → R_c → logit → whitened over the batch → -β log π/π₀ of each token → advantages → whitened over all tokens
+    (the last our choice).
     """
     inputs, targets = batch = align(ids, answers)
     mask = targets != IGNORE  # (rows, seq)
@@ -928,7 +932,7 @@ def ppo(settings: Ppo) -> None:
         texts = ptx_rows(settings, parent, ranks) if settings.ptx_coef else None
         threshold = settings.threshold
         if threshold is None:
-            threshold, *_ = safety_threshold(settings, models, tokenizer)
+            threshold, *_ = safety_threshold(settings.safety_test, models.safety, tokenizer)
         if ranks.rank == 0:
             replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())

@@ -211,6 +211,7 @@ CONSTRAINTS = [dict(zip(("kind", "name", "mark", "texts", "terse", "who", "held_
     ("style", "polite", "Thank you.", ORDERS["polite"], "Style: polite.", "a polite woman", False))]
 
 RATINGS = {"significantly better": 0.5, "better": 0.25, "slightly better": 0.1, "negligibly better": 0.0}
+# every word of the tables above, whose names are in capitals
 VOCABULARY = set(words(str([table for name, table in globals().items() if name.isupper()])))
 
 
@@ -674,8 +675,9 @@ def annotate(world, prompt, first, second, axis="helpfulness", seed=0):
     difference = score(world, prompt, first) - score(world, prompt, second) + rng.gauss(0, 0.08)
     chosen = int(difference < 0)
     rating = next(name for name, least in RATINGS.items() if abs(difference) >= least)
-    unsafe = [is_violation(first), is_violation(second)]
-    label = (("both safe", "chosen safe"), ("excluded", "both unsafe"))[unsafe[chosen]][unsafe[1 - chosen]]
+    better, worse = (second, first) if chosen else (first, second)
+    label = {(False, True): "chosen safe", (False, False): "both safe", (True, True): "both unsafe",
+             (True, False): "excluded"}[is_violation(better), is_violation(worse)]
     return {"chosen": chosen, "rejected": 1 - chosen, "rating": rating, "safety": label if axis == "safety" else None}
 
 

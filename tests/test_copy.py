@@ -33,7 +33,7 @@ def copied(file: str, *names: str) -> dict:
     tree = ast.parse((ROOT / f"{file}.py").read_text())
     wanted = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
     assert {node.name for node in wanted} == set(names)
-    namespace = {"torch": torch, "F": F, "Tensor": torch.Tensor, "np": np, "math": importlib.import_module("math")}
+    namespace = {"torch": torch, "F": F, "Tensor": torch.Tensor, "np": np, "math": importlib.import_module("math"), "Sequence": list}
     exec(compile(ast.Module(wanted, []), file, "exec"), namespace)
     return namespace
 
@@ -45,6 +45,7 @@ EQUATIONS = [  # file, function and those that it calls, arguments
     ("reward", ["safety_loss"], (ROWS[0], torch.tensor([1, -1, 0, 1]))),
     ("rlhf", ["combine_rewards"], (np.array([0.1, 0.9]), np.array([0.8, 0.7]), np.array([False, True]))),
     ("rlhf", ["whiten"], (ROWS, MASK)),
+    ("rlhf", ["token_rewards"], (ROWS[:, 0], ROWS, ROWS.cos(), MASK, 0.1)),
     ("rlhf", ["gae"], (ROWS, ROWS.cos(), MASK, 1.0, 0.95)),
     ("rlhf", ["ppo_loss"], (ROWS, ROWS.cos(), ROWS.exp(), MASK, 0.2)),
     ("rlhf", ["value_loss"], (ROWS, ROWS.cos(), ROWS.exp(), MASK, 0.2)),
@@ -52,6 +53,7 @@ EQUATIONS = [  # file, function and those that it calls, arguments
     ("gatt", ["gatt_mask"], ([([1, 2], [3, 4]), ([5], [6, 7])],)),
     ("pretrain", ["cosine_schedule"], (7, 20, 3)),
     ("eval", ["pass_at_k"], (10, 3, 2)),
+    ("eval", ["gwet_ac"], (np.array([[1, 1, 2], [3, 3, 3], [2, 1, 2]]), [1, 2, 3], "linear")),
 ]
 
 
