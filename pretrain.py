@@ -832,26 +832,33 @@ def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], o
     dist.barrier(cpu_group())
 
 
+def crc_of(file: Path) -> int:
+    """The CRC-32 of a file: a second for each GB."""
+    with open(file, "rb") as f:
+        return reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: f.read(2**20), b""), 0)
+
+
 def checksums(folder: Path) -> dict[str, int]:
-    """The CRC-32 of every file of a checkpoint. Every rank calls it, and reads what that rank wrote: a second for each GB."""
+    """The CRC-32 of every file of a checkpoint. Every rank calls it, and reads what that rank wrote."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    found = {}
-    for path in (folder / ".metadata", folder / "progress.json", *folder.glob("*.distcp")):
-        number = re.match(r"__(\d+)_", path.name)  # torch's name for what a rank wrote
-        if int(number[1] if number else 0) % world_size == rank:
-            with open(path, "rb") as f:
-                found[path.name] = reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: f.read(2**20), b""), 0)
-    everywhere = [found] * world_size
+    files = [folder / ".metadata", folder / "progress.json", *folder.glob("*.distcp")]
+    numbers = [int(found[1]) if (found := re.match(r"__(\d+)_", file.name)) else 0 for file in files]  # torch's names: __RANK_0
+    sums = [{file.name: crc_of(file) for file, number in zip(files, numbers) if number % world_size == rank}] * world_size
     if world_size > 1:
-        dist.all_gather_object(everywhere, found, group=cpu_group())
-    return {name: crc for found in everywhere for name, crc in found.items()}
+        dist.all_gather_object(sums, sums[0], group=cpu_group())
+    return {name: crc for share in sums for name, crc in share.items()}
+
+
+def saved_sums(folder: str | Path) -> dict[str, int]:
+    """What `checksums` was when a checkpoint was saved; empty for one of an older version, which is read unchecked."""
+    path = Path(folder, "checksums.json")
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def check_sums(folder: str | Path) -> None:
-    """Raise InputError if a bit of a checkpoint is not as it was saved. One without checksums is of an older run, and passes."""
-    path = Path(folder, "checksums.json")
+    """Raise InputError if a bit of a checkpoint is not as it was saved."""
     with undamaged(folder):
-        if path.exists() and json.loads(path.read_text()) != checksums(Path(folder)):
+        if (sums := saved_sums(folder)) and sums != checksums(Path(folder)):
             raise ValueError("other checksums")
 
 
@@ -969,6 +976,8 @@ def saved_shape(out: str | Path) -> tuple[ModelConfig, Path]:
 def saved_sizes(folder: str | Path) -> dict[str, torch.Size]:
     """The shape of every tensor in a checkpoint, by its name (see `checkpoint_state`). InputError if it is damaged."""
     with undamaged(folder):
+        if (sums := saved_sums(folder)) and sums[".metadata"] != crc_of(Path(folder, ".metadata")):
+            raise ValueError("another checksum")  # before it is unpickled
         return {name: entry.size for name, entry in SafeReader(folder).read_metadata().state_dict_metadata.items()}
 
 
@@ -988,10 +997,10 @@ def check_sizes(folder: str | Path, saved: dict[str, torch.Size], wanted: dict[s
     """Raise InputError if a checkpoint lacks a tensor, or has it in another shape."""
     for name, shape in wanted.items():
         if name not in saved:
-            raise InputError(f"{folder}: has no {name}; is it damaged, or of another stage or size?")
+            raise InputError(f"{folder}: has no {name}; is it a checkpoint of another stage or size?")
         if saved[name] != shape:
-            raise InputError(f"{folder}: {name} has shape {tuple(saved[name])}, not {tuple(shape)}; is it damaged, or of "
-                             "another stage or size?")
+            raise InputError(f"{folder}: {name} has shape {tuple(saved[name])}, not {tuple(shape)}; is it of another stage or "
+                             "size?")
 
 
 def fingerprint(out: str | Path) -> str:

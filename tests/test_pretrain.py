@@ -358,6 +358,7 @@ def test_a_checkpoint_with_code_in_its_index_runs_nothing(tmp_path, ranks):
     model = build(with_vocab(PRESETS["toy-s"], 40), settings_for(tmp_path), ranks)
     save_checkpoint(tmp_path, 1, {"model": model}, {}, {})
     (checkpoints(tmp_path)[0] / ".metadata").write_bytes(pickle.dumps(Evil()))
+    (checkpoints(tmp_path)[0] / "checksums.json").unlink()
     with pytest.raises(InputError, match="system"):
         load_checkpoint(checkpoints(tmp_path)[0], {"model": model}, {})
     assert not (tmp_path / "pwned").exists()
