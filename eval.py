@@ -972,8 +972,6 @@ def versions(settings: Versions) -> None:
     """Write OUT/versions.json, history.jsonl and pictures; print win rates, true scores, and gains and losses by kind."""
     claim(settings.out, "versions")
     ranks = start(settings)
-    if ranks.rank > 0:
-        return  # greedy answers take seconds: the first rank gives them all
     world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
     harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     unsafe = [prompt for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, "test", attack)]
@@ -982,12 +980,15 @@ def versions(settings: Versions) -> None:
     general = load_model(settings.general, RewardModel)[0].to(ranks.device) if settings.general else None
     with locked(settings.out, ranks):
         out = Path(settings.out)
-        (out / "answers").mkdir(exist_ok=True)
+        if ranks.rank == 0:
+            (out / "answers").mkdir(exist_ok=True)
         seen = {run: greedy_scores(run, prompts, world, judges, general, settings, ranks)
                 for run in (settings.against, *settings.runs)}
         base = read_config(settings.against).get("parent", "")  # it answers too, to be read beside them; it is not compared
         if base and checkpoints(base):
             greedy_scores(base, prompts, world, judges, None, settings, ranks)
+        if ranks.rank > 0:
+            return  # greedy answers take seconds: every rank has given them all
         theirs, found = seen[settings.against], {}
         h, s = slice(0, len(harmless)), slice(len(harmless), None)
         for run, ours in seen.items():
@@ -1039,7 +1040,8 @@ def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judge
               "words": [len(toy.words(text)) for text in texts]}
     kept = [{"prompt": prompt["prompt"], "kind": prompt["kind"], "attack": prompt.get("attack"), "answer": text}
             | {name: values[i] for name, values in judged.items()} for i, (prompt, text) in enumerate(zip(prompts, texts))]
-    replace_file(answers_file(settings.out, run), "".join(json.dumps(row) + "\n" for row in kept).encode())
+    if ranks.rank == 0:
+        replace_file(answers_file(settings.out, run), "".join(json.dumps(row) + "\n" for row in kept).encode())
     return {name: np.array(values, float) for name, values in judged.items()} | {"R_h": r_h, "R_s": r_s} | third
 
 
