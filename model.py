@@ -140,6 +140,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | list[int] | None, cache: "KVCache | None",
                 layer: int) -> Tensor:
+        """x: (batch, seq, dim) → the same. rotation: see `apply_rope`.
+
+        mask: None is causal; what a query may see, as bool (batch, 1, seq, seq) or, with a cache, as 0 / -inf (batch, 1, 1,
+        columns); or the lengths of packed documents (see `attention_by_document`).
+        """
         q = self.wq(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_heads, head_dim)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_kv_heads, head_dim)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_kv_heads, head_dim)
@@ -246,7 +251,7 @@ class Transformer(nn.Module):
         for block in self.layers:
             h = block(h, rotation, mask, cache)
         if cache is not None:
-            h = cache.newest(h)  # (batch, dim)
+            h = cache.advance(h)  # (batch, dim)
         h = self.norm(h)
         if targets is None:
             return self.output(h).float()
@@ -311,7 +316,8 @@ class KVCache:
     """Keys and values of the tokens read so far, for a batch of prompts of unequal length.
 
     Prompts are padded on the right to a common number of columns and every new token takes the next column, for
-    all rows at once. A short prompt so leaves a gap of columns, which the mask hides; positions ignore it.
+    all rows at once. A short prompt so leaves a gap of columns, which the mask hides; positions ignore it. After the prompts each
+    call takes one token a row.
     """
 
     def __init__(self, config: ModelConfig, lengths: Tensor, columns: int):
@@ -348,7 +354,7 @@ class KVCache:
         values[:, :, self.used : end] = v
         return (k, v) if self.used == 0 else (keys[:, :, :end], values[:, :, :end])
 
-    def newest(self, h: Tensor) -> Tensor:
+    def advance(self, h: Tensor) -> Tensor:
         """Of h (batch, seq, dim), what stands over each row's newest token (batch, dim); the columns are now filled."""
         if self.used == 0:
             newest = h[torch.arange(len(h), device=h.device), self.lengths - 1]
@@ -374,9 +380,9 @@ def uniforms(seed: int, rows: Tensor, samples: Tensor, steps: int) -> Tensor:
     What is drawn for a row so does not depend on the batch it was drawn in, on the world size, or on a restart.
     """
     def mix(x: Tensor) -> Tensor:  # SplitMix64 with int64 arithmetic, which wraps; the masks make shifts logical
-        x = x - 7046029254386353131  # + 0x9E3779B97F4A7C15 modulo 2^64
-        x = (x ^ (x >> 30 & (1 << 34) - 1)) * -4658895280553007687
-        x = (x ^ (x >> 27 & (1 << 37) - 1)) * -7723592293110705685
+        x = x + (0x9E3779B97F4A7C15 - 2**64)
+        x = (x ^ (x >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+        x = (x ^ (x >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - 2**64)
         return x ^ (x >> 31 & (1 << 33) - 1)
 
     key = mix(torch.full_like(rows, seed & (1 << 63) - 1))
@@ -386,7 +392,7 @@ def uniforms(seed: int, rows: Tensor, samples: Tensor, steps: int) -> Tensor:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row, and its log-probability at this temperature before top-p: both (batch,).
+    """One token a row, and its log-probability at this temperature (at 1 if greedy), before top-p: both (batch,).
 
     logits: (batch, vocab). uniform: (batch,) in [0, 1), turned into a token by the inverse of the cumulative
     distribution. temperature 0 is greedy. top_p keeps the likeliest tokens until their mass exceeds it (released code).
@@ -405,7 +411,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
 def nucleus(probs: Tensor, top_p: float) -> Tensor:
     """probs (batch, vocab), 0 for all but the likeliest tokens, which stay until their mass exceeds top_p.
 
-    To sort a vocabulary takes longer than a small model: all is sorted only if the 64 likeliest are too few for a row.
+    So do all that are as likely as the last of them (our choice). To sort a vocabulary takes longer than a small model: all is
+    sorted only if the 64 likeliest are too few for a row.
     """
     k = min(64, probs.shape[-1])
     ordered = probs.topk(k).values  # (batch, k)
@@ -568,8 +575,8 @@ def read_json(path: Path) -> dict:
     return found
 
 
-def number(path: Path, values: dict, key: str, kind: type = int, default: float | None = None) -> int | float:
-    """A sound number of a JSON file, or the default if it is missing; ModelError names the file and the key."""
+def positive_number(path: Path, values: dict, key: str, kind: type = int, default: float | None = None) -> int | float:
+    """A number of a JSON file, above 0 and below 2^24 (int) or 1e12, or the default; else ModelError names file and key."""
     value = default if values.get(key) is None else values[key]
     if not isinstance(value, (int, kind)) or isinstance(value, bool) or not 0 < value < (2**24 if kind is int else 1e12):
         raise ModelError(f"{path}: {key} is {value!r:.60}, not a number above 0 that makes sense; fetch the file again")
@@ -671,10 +678,10 @@ def meta_weights(folder: str | Path, max_seq_len: int = 4096) -> tuple[ModelConf
     if params.get("vocab_size") not in (None, -1, vocab_size):
         raise ModelError(f"{path}: vocab_size is {params['vocab_size']!r:.60}, not {vocab_size} as the weights have; is a file "
                          "missing?")
-    n_heads = number(path, params, "n_heads")
-    config = config_of(path, number(path, params, "dim"), number(path, params, "n_layers"), n_heads,
-                       number(path, params, "n_kv_heads", default=n_heads), ffn_hidden, vocab_size, max_seq_len,
-                       number(path, params, "norm_eps", float, 1e-5), number(path, params, "rope_theta", float, 10000.0))
+    number = partial(positive_number, path, params)
+    n_heads = number("n_heads")
+    config = config_of(path, number("dim"), number("n_layers"), n_heads, number("n_kv_heads", default=n_heads), ffn_hidden,
+                       vocab_size, max_seq_len, number("norm_eps", float, 1e-5), number("rope_theta", float, 10000.0))
     return config, whole_weights(folder, config, shards, lambda name: name)
 
 
@@ -714,14 +721,14 @@ def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
     }.items():
         if is_so:
             raise ModelError(f"{path} {what}, which a Llama 2 does not; it can't be read as one")
-    dim, n_heads = number(path, hf, "hidden_size"), number(path, hf, "num_attention_heads")
-    if number(path, hf, "head_dim", float, dim / n_heads) != dim / n_heads:
+    number = partial(positive_number, path, hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))})
+    dim, n_heads = number("hidden_size"), number("num_attention_heads")
+    if number("head_dim", float, dim / n_heads) != dim / n_heads:
         raise ModelError(f"{path} has heads of {hf['head_dim']}, not {dim} / {n_heads}; it can't be read as a Llama 2")
     config = config_of(  # what is missing has the value that transformers gives it
-        path, dim, number(path, hf, "num_hidden_layers"), n_heads, number(path, hf, "num_key_value_heads", default=n_heads),
-        number(path, hf, "intermediate_size"), number(path, hf, "vocab_size"),
-        number(path, hf, "max_position_embeddings", default=2048), number(path, hf, "rms_norm_eps", float, 1e-6),
-        number(path, hf | {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}, "rope_theta", float, 10000.0))
+        path, dim, number("num_hidden_layers"), n_heads, number("num_key_value_heads", default=n_heads),
+        number("intermediate_size"), number("vocab_size"), number("max_position_embeddings", default=2048), number("rms_norm_eps", float, 1e-6),
+        number("rope_theta", float, 10000.0))
     weights: dict[str, Tensor] = {}
     for file in hf_files(folder):
         found = open_weights(file)

@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import toy
 from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Parser, Transformer, config_of, count_parameters,
-                   folder_aside, generate, initial_weight, number, read_any, tokenizer_beside, with_vocab)
+                   folder_aside, generate, initial_weight, positive_number, read_any, tokenizer_beside, with_vocab)
 from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -79,7 +79,7 @@ class Common:
     keep: int = 2  # newest checkpoints to keep
     seed: int = 0  # seed of the weights, of the order of the data, and of samples
     device: str = "auto"  # cpu, cuda, or auto
-    dtype: str = "auto"  # fp32, bf16 (master weights stay fp32), or auto: bf16 on a GPU | bf16
+    dtype: str = "auto"  # fp32, bf16 (master weights stay fp32), or auto: bf16 on a GPU | not stated; bf16 by the maintainers
     compile: bool = False  # torch.compile each block
     checkpointing: bool | None = None  # recompute activations in the backward pass | yes (Llama 1)
     replicas: int = 1  # copies of the sharded model (HSDP); 1 shards over all ranks
@@ -100,6 +100,7 @@ class Settings(Common):
     world: int = 0  # seed of the tiny world
     sample_tokens: int | None = None  # length of the samples at each evaluation; 0: none (they need the whole model)
 
+    # Table 1: 3e-4 to 13B, 1.5e-4 above; 4M tokens are read as 4 · 2²⁰ (our choice)
     BY_PRESET: ClassVar[dict[str, dict]] = {
         name: dict(lr=3e-4 if config.dim <= 5120 else 1.5e-4, warmup=2000, batch_size=4 * 2**20 // config.max_seq_len,
                    micro_batch=1, seq_len=config.max_seq_len, vocab_size=32000, eval_every=1000, save_every=1000,
@@ -294,7 +295,7 @@ def set_weights(model: nn.Module, weight_of: Callable[[str, torch.Size], Tensor]
 
 @contextmanager
 def gathered(model: Transformer, dtype: torch.dtype | None = None) -> Iterator[Transformer]:
-    """A plain model with the full weights of a sharded one, for sampling (§3.2.3: "about 20 times" faster).
+    """A plain model with the full weights of a sharded one, for sampling: sharded, that is some 20 times slower (§3.2.3).
 
     All ranks enter together; inside, each may sample as much as it likes. The full weights go when the block ends.
     """
@@ -304,6 +305,7 @@ def gathered(model: Transformer, dtype: torch.dtype | None = None) -> Iterator[T
         weights = {name: p.full_tensor().to(dtype or p.dtype) for name, p in model.named_parameters()}
     whole.load_state_dict(weights, assign=True)
     yield whole.eval()
+    whole.to("meta")  # even if the caller still names it
 
 
 @contextmanager
@@ -627,6 +629,7 @@ class Mixture(Rows):
     A source with weight w gives each document ⌊w⌋ times, and a share w - ⌊w⌋ of them once more. All documents are
     shuffled together and laid end to end, with one EOS in front at place -1, so that every token is a target exactly
     as often as its document is read. Row r is places r·T - 1 … r·T + T - 1 of that stream: rows overlap by one token.
+    A token may look at the documents before its own in the row (not stated: our choice).
     Memory stays constant: the tokens and the order are memory-mapped files.
     """
 
@@ -953,7 +956,7 @@ def stored_weights(out: str | Path) -> tuple[ModelConfig, Callable]:
 def shape_of(out: str | Path) -> ModelConfig:
     """The shape of a run of ours, as its config.json tells it; ModelError if it tells none that makes sense."""
     path, model = Path(out, "config.json"), read_config(out).get("model", {})
-    return config_of(path, *(number(path, model, field.name, field.type) for field in fields(ModelConfig)))
+    return config_of(path, *(positive_number(path, model, field.name, field.type) for field in fields(ModelConfig)))
 
 
 def saved_shape(out: str | Path) -> tuple[ModelConfig, Path]:
@@ -1192,7 +1195,10 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Forward and backward FLOPs of one token: 6 for each matrix weight, 12 · layers · dim · seq for attention."""
+    """Forward and backward FLOPs of one token: 6 for each matrix weight, 12 · layers · dim · seq for attention.
+
+    As Chowdhery et al. (2022, appendix B) count them, the causal half of attention not taken off.
+    """
     attention = 2 * config.dim * (config.dim + config.n_kv_heads * config.head_dim)
     matrices = config.n_layers * (attention + 3 * config.dim * config.ffn_hidden) + config.dim * config.vocab_size
     return 6 * matrices + 12 * config.n_layers * config.dim * seq_len

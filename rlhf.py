@@ -39,14 +39,14 @@ from tqdm import tqdm
 import pretrain
 import toy
 from model import IGNORE, PRESETS, Transformer, generate
-from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, adamw, build, checkpoints, command_line, compute_dtype,
-                      cosine_schedule, cpu_group, file_fingerprint, gathered, interval, load_checkpoint, load_model, locked,
-                      log_samples, open_run, optimizer_step, parent_of, permute, prepare, print_settings, rank_0_first,
-                      replace_file, rewind, save_checkpoint, set_weights, signals, sources, start, text_sources, tiny_world,
-                      world_of)
+from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, Source, adamw, build, checkpoints, command_line,
+                      compute_dtype, cosine_schedule, cpu_group, file_fingerprint, gathered, interval, load_checkpoint,
+                      load_model, locked, log_samples, open_run, optimizer_step, parent_of, permute, prepare, print_settings,
+                      rank_0_first, replace_file, rewind, save_checkpoint, set_weights, signals, sources, start, text_sources,
+                      tiny_world, world_of)
 from reward import (HEAD, RewardModel, Speaker, file_prompts, held_out, in_parts, load_speakers, padded, pair_ids, picture,
                     read_named, safety_labels, score_rows, sigmoid, whiskers)
-from sft import Tuning, fine_tune, read_dialogs, read_rows, read_through, toy_messages, toy_sources
+from sft import Tuning, fine_tune, read_dialogs, read_rows, toy_messages, toy_sources
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -311,6 +311,13 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- a version
+
+
+def read_through(found: Iterable[Source], embedded: dict) -> None:
+    """Read the files of others once before the long work begins, so that a bad row stops it early."""
+    for source in found:
+        for _ in source.documents() if source.fingerprint not in [mark for _, mark in embedded.values()] else ():
+            pass
 
 
 def main(settings: Settings) -> None:

@@ -8,6 +8,8 @@
 Dialogues are packed into rows, and only the tokens of answers are learned: prompts have zero loss (§3.1). The paper
 does not say whether a dialogue may look at the others of its row. Here it may not (our choice); --no-isolate lets it,
 and shows what that costs: every turn opens with BOS, so that a new dialogue looks like the next turn of the one before.
+The special token that §3.1 puts between prompt and answer is not named there, and the released format has none: [/INST]
+stands in its place (our choice).
 
 Read it in this order: dialogue formats, packing, the survey of a chat model in the tiny world, training, chat.
 """
@@ -46,11 +48,13 @@ class Tuning(Common):
     preset: str | None = None  # whose hyper-parameters to take; by default those of the size of --init
     epochs: int | None = None  # passes over the dialogues | 2
     lr: float | None = None  # peak learning rate | 2e-5
+    warmup: int | None = None  # steps of linear warm-up; else 3 % of all, at least 5, as in §3.2.2 (our choice) | not stated
     lr_floor: float | None = None  # where the cosine ends, a share of the peak | not stated; 0.1 in pretraining
+    grad_clip: float = 1.0  # largest norm of the gradient | not stated; 1.0 in pretraining
     batch_size: int | None = None  # rows of a step, over all ranks | 64
     seq_len: int | None = None  # tokens of a row | 4096
     adam_eps: float | None = None  # ε of AdamW: gradients far below it hardly move a weight | 1e-5, in pretraining
-    isolate: bool = True  # keep the dialogues of a row apart, by mask and positions; the paper does not say
+    isolate: bool = True  # keep the dialogues of a row apart, by attention and positions (our choice) | not stated
     world: int | None = None  # seed of the tiny world; by default that of --init
     skip_bad_rows: bool = False  # count rows that are no dialogue and go on, instead of stopping at the first
     sample_tokens: int | None = None  # longest answer of a sample at an evaluation; 0: none (they need the whole model)
@@ -75,7 +79,7 @@ class Settings(Tuning):
     data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of dialogues, .json or .jsonl (.gz); `toy`, `toy/dialogs`; `-`
     dialogs: int = 16000  # dialogues of the tiny world | 27,540 annotations
     noise: float = 0.0  # share of bad answers among them (quality or quantity, §3.1)
-    safety: float = 0.06  # share of unsafe prompts among them, all refused (§4.2.2)
+    safety: float = 0.06  # share of unsafe prompts among them, all refused (§4.2.2; our choice)
 
 
 # ---------------------------------------------------------------------------------------------- dialogue formats
@@ -194,20 +198,13 @@ def masked_ids(place: str, row: dict) -> tuple[list[int], list[bool]]:
     return ids, mask
 
 
-def read_through(found: Iterable[Source], embedded: dict) -> None:
-    """Read the files of others once before the long work begins, so that a bad row stops it early."""
-    for source in found:
-        for _ in source.documents() if source.fingerprint not in [mark for _, mark in embedded.values()] else ():
-            pass
-
-
 # ---------------------------------------------------------------------------------------------- packing
 
-HELD_OUT_EVERY, HELD_OUT_DIALOGS = 20, 200  # for the loss on dialogues that are not learned: our choice
+HELD_OUT_SHARE, HELD_OUT_DIALOGS = 1 / 20, 200  # the smaller one; for the loss on dialogues that are not learned: our choice
 
 
 def fit(turns: list[tuple[list[int], list[bool]]], seq_len: int) -> tuple[list[int], list[bool]]:
-    """The tokens and the answer mask of as many whole turns as fit; none, if the first is too long by itself."""
+    """The tokens and the answer mask of as many whole turns as fit (our choice); none, if the first is too long by itself."""
     kept = [turn for turn, end in zip(turns, accumulate(len(tokens) for tokens, _ in turns)) if end <= seq_len]
     return [token for tokens, _ in kept for token in tokens], [flag for _, flags in kept for flag in flags]
 
@@ -230,6 +227,7 @@ def encoded_turns(tokenizer: Tokenizer, row: list[dict] | str | tuple) -> list[t
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     """Put dialogues into rows of at most seq_len tokens: best fit, the longest first. Returns each row's dialogues.
 
+    §3.1 concatenates all samples to fill the row; to keep each dialogue whole and pad the rest of a row is our choice.
     lengths: tokens of each dialogue, none over seq_len. Of equal lengths the earlier goes first.
     """
     rows, with_room = [], defaultdict(list)  # with_room[r]: the rows that have room for r more tokens
@@ -257,7 +255,7 @@ class PackedDialogs(Rows):
     """
 
     def __init__(self, dialogs: dict[str, np.ndarray], weights: np.ndarray, epochs: int, seq_len: int, seed: int, isolate: bool):
-        """dialogs: see `prepare`. weights: (dialogues,), how often each is read in an epoch."""
+        """dialogs: see `encode_dialogs`. weights: (dialogues,), how often each is read in an epoch."""
         self.tokens, self.is_answer, self.ends = dialogs["tokens"], dialogs["is_answer"], dialogs["ends"]
         self.seq_len, self.isolate = seq_len, isolate
         self.starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
@@ -296,7 +294,7 @@ class PackedDialogs(Rows):
         return tuple(torch.from_numpy(np.stack(parts)) for parts in list(zip(*found))[: 3 if self.isolate else 2])
 
 
-def prepare(found: list[Source], tokenizer: Tokenizer, settings: Settings, bad: list[str] | None) -> dict[str, np.ndarray]:
+def encode_dialogs(found: list[Source], tokenizer: Tokenizer, settings: Settings, bad: list[str] | None) -> dict[str, np.ndarray]:
     """The dialogues of all sources as tokens, made once and kept in out/data/KEY.npz.
 
     Returns tokens and is_answer, of all dialogues end to end; ends (dialogues,), where each ends; source (dialogues,),
@@ -414,12 +412,12 @@ def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, fl
 
 # Some documents of pretraining among the dialogues keep what these do not mention from being forgotten (our choice; InstructGPT
 # mixes them into PPO).
-TOY_MIX = ("toy/dialogs", "toy/encyclopedia:0.3", "toy/numbers:0.3")
+DIALOG_MIX = ("toy/dialogs", "toy/encyclopedia:0.3", "toy/numbers:0.3")
 
 
 def toy_sources(specs: Iterable[str], world: int, dialogs: int, safety: float,
                 noise: float = 0.0) -> tuple[list[str], dict[str, tuple[Callable, str]]]:
-    """The specs with `toy` spelled out as TOY_MIX, and the embedded sources that they may name (see `sources`).
+    """The specs with `toy` spelled out as DIALOG_MIX, and the embedded sources that they may name (see `sources`).
 
     world: its seed. dialogs, safety, noise: of the annotated dialogues (see `toy.dialogues`).
     """
@@ -428,7 +426,7 @@ def toy_sources(specs: Iterable[str], world: int, dialogs: int, safety: float,
                                 f"toy/{kind} of world {world}") for kind in toy.SOURCES}
     embedded["toy/dialogs"] = (lambda: (("toy", dialog["messages"]) for dialog in made()),
                                f"world {world}: {dialogs} dialogues, safety {safety}, noise {noise}")
-    return [part for spec in specs for part in (TOY_MIX if spec == "toy" else (spec,))], embedded
+    return [part for spec in specs for part in (DIALOG_MIX if spec == "toy" else (spec,))], embedded
 
 
 def main(settings: Settings) -> None:
@@ -436,7 +434,8 @@ def main(settings: Settings) -> None:
     parent = parent_of(settings.init)
     if settings.world is None:  # the one that the base model knows
         settings = replace(settings, world=world_of(settings.init))
-    ranks, bad = start(settings), [] if settings.skip_bad_rows else None
+    ranks = start(settings)
+    bad = [] if settings.skip_bad_rows else None
     with locked(settings.out, ranks):
         specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety, settings.noise)
         found = sources(specs, embedded, lambda file: read_dialogs(file, bad), spool_stdin(settings, ranks))
@@ -458,10 +457,12 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
                          f"{parent.config.max_seq_len} at most")
     out, tokenizer = Path(settings.out), Tokenizer(parent.tokenizer)
     with rank_0_first(ranks):
-        dialogs = prepare(found, tokenizer, settings, bad)
+        dialogs = encode_dialogs(found, tokenizer, settings, bad)
     n = len(dialogs["ends"])
     first = np.concatenate([[0], dialogs["ends"][:-1]])  # (dialogues,)
-    held_out = np.flatnonzero(~dialogs["is_answer"][first + 1])[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]  # documents never are
+    is_document = dialogs["is_answer"][first + 1]  # a text is learned from its second token on, a dialogue never
+    every = round(1 / HELD_OUT_SHARE)
+    held_out = np.flatnonzero(~is_document)[every - 1 :: every]
     held_out = held_out[:: max(1, math.ceil(len(held_out) / HELD_OUT_DIALOGS))]
     is_held_out = np.isin(np.arange(n), held_out)
     weights = np.array([source.epochs for source in found])[dialogs["source"]] * ~is_held_out  # (dialogues,)
@@ -469,14 +470,15 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
     rows = PackedDialogs(dialogs, weights, settings.epochs, *shape)
     held_rows = PackedDialogs(dialogs, is_held_out.astype(float), 1, *shape)
     steps = min(math.ceil(rows.n_rows / settings.batch_size), settings.steps or sys.maxsize)
-    warmup = max(5, round(0.03 * steps)) if settings.warmup is None else settings.warmup  # the paper does not say: our choice
+    if settings.warmup is None:
+        settings = replace(settings, warmup=max(5, round(0.03 * steps)))
     model = build(parent.config, settings, ranks)
     parent.fill(model)
     if ranks.rank == 0:
         replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
         replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
         kept, n_bad, cut, dropped = dialogs["counts"]
-        documents = int(dialogs["is_answer"][first + 1].sum())
+        documents = int(is_document.sum())
         print(f"{kept - documents:,} dialogues" + f" and {documents:,} documents" * bool(documents)
               + f" of {len(dialogs['tokens']):,} tokens, {dialogs['is_answer'].mean():.0%} of them learned; {n_bad} bad rows "
               f"left out, {cut} cut at a turn to fit, {dropped} longer than --seq_len\n"
@@ -497,10 +499,10 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
         return figures
 
     batch_at = lambda step: rows.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
-    optimizer, settings = adamw(model, settings.weight_decay, settings.adam_eps), replace(settings, warmup=warmup)
+    optimizer = adamw(model, settings.weight_decay, settings.adam_eps)
     train(model, optimizer, batch_at, lm_loss, settings, ranks, steps, evaluate)
     if ranks.rank == 0:
-        report(out)
+        report_answers(out)
 
 
 def answer_held_out(model: Transformer, tokenizer: Tokenizer, dialogs: dict[str, np.ndarray], held_out: np.ndarray,
@@ -512,7 +514,7 @@ def answer_held_out(model: Transformer, tokenizer: Tokenizer, dialogs: dict[str,
     return [tokenizer.decode(prompt + answer).strip() for prompt, answer in zip(prompts, answers)]
 
 
-def report(out: Path) -> None:
+def report_answers(out: Path) -> None:
     """Print the end of a run: the held-out loss on answers, and the survey, before and after; draw the loss curve."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first, last = rows[0], rows[-1]

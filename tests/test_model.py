@@ -294,7 +294,7 @@ def test_the_cache_keeps_the_rows_that_it_is_told_to_keep():
     k = torch.randn(2, 2, 3, 8)
     for layer in range(2):
         cache.append(layer, k, -k)
-    cache.newest(torch.zeros(2, 3, 1))
+    cache.advance(torch.zeros(2, 3, 1))
     cache.keep(torch.tensor([1, 1, 0]))
     assert torch.equal(cache.memory[1][0][:, :, :3], k[[1, 1, 0]]) and cache.lengths.tolist() == [3, 3, 2]
 
