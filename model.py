@@ -727,8 +727,8 @@ def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
         raise ModelError(f"{path} has heads of {hf['head_dim']}, not {dim} / {n_heads}; it can't be read as a Llama 2")
     config = config_of(  # what is missing has the value that transformers gives it
         path, dim, number("num_hidden_layers"), n_heads, number("num_key_value_heads", default=n_heads),
-        number("intermediate_size"), number("vocab_size"), number("max_position_embeddings", default=2048), number("rms_norm_eps", float, 1e-6),
-        number("rope_theta", float, 10000.0))
+        number("intermediate_size"), number("vocab_size"), number("max_position_embeddings", default=2048),
+        number("rms_norm_eps", float, 1e-6), number("rope_theta", float, 10000.0))
     weights: dict[str, Tensor] = {}
     for file in hf_files(folder):
         found = open_weights(file)
