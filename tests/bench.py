@@ -3,6 +3,7 @@
     python tests/bench.py sampling     # generate, against transformers' generate and against its linear layers alone
     python tests/bench.py gathered     # sampling with gathered weights, against sampling a sharded model (§3.2.3)
     python tests/bench.py training     # one optimizer step, against transformers' Llama and litgpt's; on a GPU with MFU
+    python tests/bench.py packed       # packed dialogues: attention in each alone, against a mask over the whole row
     python tests/bench.py pieces       # loader, tokenising, checkpoints and start-up, each against what bounds it
     python tests/bench.py rl           # an iteration of PPO and a round of rejection sampling, split into their parts
     python tests/bench.py scaling      # how cost grows with context, batch and ranks; 70B laid out over 2,048 ranks
@@ -292,6 +293,33 @@ def training(args: argparse.Namespace) -> dict:
     return found
 
 
+# ---------------------------------------------------------------------------------------------- packed dialogues
+
+
+def packed(args: argparse.Namespace) -> dict:
+    """Forward and backward of rows of packed dialogues: attention in each alone, and under a mask, as compiled blocks have it."""
+    rows, found = [], {}
+    for name, config, batch, lengths in [("1M, 8 rows of 256", TOY, 8, [70, 80, 60, 46]), ("1M, a row of 1,024", TOY, 1,
+                                         [100, 200, 150, 300, 200, 74]), ("15M, 4 rows of 256", TOY_L, 4, [70, 80, 60, 46])]:
+        if args.only not in name:
+            continue
+        model = Transformer(config)
+        tokens = torch.randint(config.vocab_size, (batch, sum(lengths)))
+        documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).expand_as(tokens)
+
+        def step(by_mask: bool) -> None:
+            model.compiled = by_mask
+            (-model(tokens, targets=tokens, documents=documents).mean()).backward()
+
+        seconds = interleaved({"alone": lambda: step(False), "mask": lambda: step(True)}, args.repetitions)
+        rates = {who: summary(s, tokens.numel()) for who, s in seconds.items()}
+        times = ratio(seconds["alone"], seconds["mask"])
+        rows.append([name, *map(spread, rates.values()), f"{times:.2f}"])
+        found[name] = rates | {"alone / mask": times}
+    print_table(["rows", "each dialogue alone, tokens/s", "a mask over the row", "alone / mask"], rows)
+    return found
+
+
 # ---------------------------------------------------------------------------------------------- pieces
 
 
@@ -525,7 +553,7 @@ def heads(args: argparse.Namespace) -> dict:
     return found
 
 
-COMMANDS = {"sampling": sampling, "gathered": sample_gathered, "training": training, "pieces": pieces, "rl": rl,
+COMMANDS = {"sampling": sampling, "gathered": sample_gathered, "training": training, "packed": packed, "pieces": pieces, "rl": rl,
             "scaling": scaling, "heads": heads}
 
 if __name__ == "__main__":
