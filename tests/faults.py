@@ -2,6 +2,7 @@
 
     python tests/faults.py                        # all of it: minutes
     python tests/faults.py pretrain --only 31 32  # two operations of one stage
+    python tests/faults.py soak --minutes 90      # two thirds of it training, then sampling: memory, speed and open files over time
 
 A child process runs the stage with an audit hook that counts the operations on files below its --out (open for
 writing, rename, remove, mkdir, rmdir) and kills the process, as a power cut would, just before the nth. Then the same
@@ -14,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -162,11 +164,72 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
     return len(crashes)
 
 
+SAMPLING = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from model import PRESETS, Transformer, generate
+model, prompts = Transformer(PRESETS["toy-s"]), [[1, i % 200 + 5] for i in range(64)]
+for turn in range(10**9):
+    generate(model, prompts, 64, 0.8, 0.9, seed=turn)
+    print(turn, flush=True)
+"""
+
+
+def slope(hours: list[float], values: list[float]) -> tuple[float, float]:
+    """The least-squares slope of values an hour, and half of its 95 % interval, as if they were independent."""
+    x = torch.tensor(hours, dtype=torch.double) - sum(hours) / len(hours)
+    y = torch.tensor(values, dtype=torch.double) - sum(values) / len(values)
+    b = (x @ y / (x @ x)).item()
+    return b, 1.96 * ((y - b * x).square().sum() / (len(values) - 2) / (x @ x)).sqrt().item()
+
+
+def watch(name: str, command: list[str], said: Path, counted: Path, seconds: float) -> None:
+    """Run a command so long; print how its memory, its speed and its open files change, after a tenth of the time to warm up.
+
+    counted: a file to which it adds a line for each thing that is done.
+    """
+    process = subprocess.Popen(command, stdout=open(said, "w"), stderr=subprocess.DEVNULL)
+    began, seen = time.time(), []
+    while time.time() - began < seconds and process.poll() is None:
+        time.sleep(seconds / 200)
+        memory = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        seen.append((time.time() - began, memory, len(os.listdir(f"/proc/{process.pid}/fd")),
+                     counted.read_bytes().count(b"\n") if counted.exists() else 0))
+    assert process.poll() is None, f"{name} ended by itself"
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    seen = seen[len(seen) // 10 :]
+    hours, memory, files, done = zip(*((t / 3600, *rest) for t, *rest in seen))
+    rate = [(b - a) / (u - t) / 3600 for t, u, a, b in zip(hours, hours[5:], done, done[5:])]
+    mean = sum(rate) / len(rate)
+    b, half = slope(hours, memory)
+    v, wide = slope(hours[5:], [100 * r / mean for r in rate])
+    print(f"{name}, {seconds / 60:.0f} minutes: {memory[-1]:.0f} MB, {b:+.1f} ± {half:.1f} MB an hour; {mean:.2f} a second, "
+          f"{v:+.1f} ± {wide:.1f} % an hour; {min(files)} to {max(files)} open files", flush=True)
+
+
+def soak(minutes: float) -> None:
+    """Train, then sample, for long: nothing may grow."""
+    base = Path(tempfile.mkdtemp(prefix="soak-"))
+    (base / "farm.txt").write_text("\n\n".join([TEXT] * 40))
+    here = Path(__file__).resolve().parent.parent
+    said = base / "said.txt"
+    watch("training", [sys.executable, str(here / "pretrain.py"), "--preset", "toy-s", "--device", "cpu", "--threads", "1",
+                       "--data", f"{base}/farm.txt:999", "--vocab_size", "340", "--seq_len", "64", "--out", f"{base}/out",
+                       "--save_every", "200", "--eval_every", "500"], said, base / "out" / "metrics.jsonl", minutes * 40)
+    watch("sampling", [sys.executable, "-c", SAMPLING, str(here)], said, said, minutes * 20)
+    shutil.rmtree(base)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", default=list(STAGES), help="stages to crash")
+    parser.add_argument("stages", nargs="*", default=list(STAGES), help="stages to crash, or soak")
     parser.add_argument("--only", nargs="+", type=int, help="these file operations only")
     parser.add_argument("--random_kills", type=int, default=5, help="kills at random moments")
+    parser.add_argument("--minutes", type=float, default=90, help="length of the soak")
     args = parser.parse_args()
+    if args.stages == ["soak"]:
+        soak(args.minutes)
+        sys.exit()
     for stage in args.stages:
         print(f"{stage}: {check(stage, args.only, args.random_kills)} crashes survived, the outcome bit-identical")
