@@ -51,7 +51,7 @@ paper() {
 
     stage 50 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
     stage 115 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
-    stage 180 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt
+    stage 118 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt
     stage 45 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
     stage 5 gatt.py attention out/gatt --before out/rlhf-v1     # Figure 10
 
@@ -76,7 +76,7 @@ more_versions() {
     general="--general out/reward-general"
     again 3 out/rlhf-v2-ppo out/rlhf-v2
     stage 65 rlhf.py --version 3 --policy out/rlhf-v2-ppo $train
-    stage 180 gatt.py --init out/rlhf-v3 --out out/gatt-v3      # where the paper has it
+    stage 118 gatt.py --init out/rlhf-v3 --out out/gatt-v3      # where the paper has it
     again 4 out/gatt-v3 out/rlhf-v2-ppo
     stage 90 rlhf.py --version 4 --policy out/gatt-v3 $train $(ghost out/gatt-v3)
     again 5 out/rlhf-v4 out/gatt-v3
