@@ -200,7 +200,7 @@ def masked_ids(place: str, row: dict) -> tuple[list[int], list[bool]]:
 
 # ---------------------------------------------------------------------------------------------- packing
 
-HELD_OUT_SHARE, HELD_OUT_DIALOGS = 1 / 20, 200  # the smaller one; for the loss on dialogues that are not learned: our choice
+DIALOGS_PER_HELD_OUT, MOST_HELD_OUT = 20, 200  # for the loss on dialogues that are not learned: our choice
 
 
 def fit(turns: list[tuple[list[int], list[bool]]], seq_len: int) -> tuple[list[int], list[bool]]:
@@ -461,9 +461,8 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
     n = len(dialogs["ends"])
     first = np.concatenate([[0], dialogs["ends"][:-1]])  # (dialogues,)
     is_document = dialogs["is_answer"][first + 1]  # a text is learned from its second token on, a dialogue never
-    every = round(1 / HELD_OUT_SHARE)
-    held_out = np.flatnonzero(~is_document)[every - 1 :: every]
-    held_out = held_out[:: max(1, math.ceil(len(held_out) / HELD_OUT_DIALOGS))]
+    held_out = np.flatnonzero(~is_document)[DIALOGS_PER_HELD_OUT - 1 :: DIALOGS_PER_HELD_OUT]
+    held_out = held_out[:: max(1, math.ceil(len(held_out) / MOST_HELD_OUT))]
     is_held_out = np.isin(np.arange(n), held_out)
     weights = np.array([source.epochs for source in found])[dialogs["source"]] * ~is_held_out  # (dialogues,)
     shape = settings.seq_len, settings.seed, settings.isolate
