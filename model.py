@@ -30,10 +30,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -1  # a target that is not learned: prompts, padding, the tail of the last batch
-CHUNK_LOGITS = 2**24  # logits that are alive at once when log-probabilities are asked for (64 MiB in fp32)
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}  # logits alive at once when log-probabilities are asked for (fp32: 64, 256 MiB)
+# Attention kernels for lengths that change: cuDNN's, not among them, takes 60 ms to plan each new one
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class ModelError(ValueError):
@@ -111,19 +114,24 @@ class RMSNorm(nn.Module):
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a table that sampling made serves training too
 def rope_table(head_dim: int, seq_len: int, theta: float, device: torch.device) -> Tensor:
-    """The unit complex numbers exp(i · position · θ^(-2k/head_dim)) as (seq_len, head_dim / 2) (§2.2; RoPE)."""
+    """Cosine and sine of the angles position · θ^(-2k/head_dim) as (seq_len, head_dim / 2, 2) (§2.2; RoPE)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angle = torch.outer(torch.arange(seq_len, device=device).float(), frequency)  # (seq_len, head_dim / 2)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
 
 
 def apply_rope(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn each pair of neighbours (2k, 2k+1) of x by its angle, in fp32 (the released layout, not half-split).
 
-    x: (batch, seq, heads, head_dim). rotation: complex, (batch or 1, seq, 1, head_dim / 2).
+    x: (batch, seq, heads, head_dim). rotation: cosines and sines, (batch or 1, seq, 1, head_dim / 2, 2).
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (batch, seq, heads, head_dim / 2)
-    return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (batch, seq, heads, head_dim / 2, 2)
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic, and leaves complex numbers alone
+        (a, b), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:  # (a + ib) · (cos + i sin)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return turned.flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
@@ -157,7 +165,7 @@ class Attention(nn.Module):
         if q.shape[1] == 1:  # a group's heads stand as a sequence before their key and value head: fewer, larger products
             q = q.view(len(q), k.shape[1], -1, self.head_dim)  # (batch, n_kv_heads, group, head_dim)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            return self.wo(y.view(len(q), 1, -1))  # (batch, 1, dim)
+            return self.wo(y.reshape(len(q), 1, -1))  # (batch, 1, dim)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.wo(y.transpose(1, 2).flatten(2))  # (batch, seq, dim)
 
@@ -246,7 +254,7 @@ class Transformer(nn.Module):
         if seq > config.max_seq_len:
             raise ModelError(f"a sequence of {seq} tokens is longer than the model's context of {config.max_seq_len}")
         rotation = rope_table(config.head_dim, config.max_seq_len, config.rope_theta, tokens.device)
-        rotation = rotation[positions][:, :, None]  # (batch or 1, seq, 1, head_dim / 2)
+        rotation = rotation[positions][:, :, None]  # (batch or 1, seq, 1, head_dim / 2, 2)
         h = self.tok_embeddings(tokens)  # (batch, seq, dim)
         for block in self.layers:
             h = block(h, rotation, mask, cache)
@@ -303,7 +311,7 @@ def target_log_probs(h: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")  # (chunk,)
 
     rows, wanted = h.flatten(0, 1), targets.flatten()  # (batch · seq, dim), (batch · seq,)
-    chunk = max(1, CHUNK_LOGITS // len(weight))
+    chunk = max(1, CHUNK_LOGITS[h.device.type] // len(weight))
     if len(rows) <= chunk:
         losses = loss(rows, wanted)
     else:
@@ -323,6 +331,7 @@ class KVCache:
     def __init__(self, config: ModelConfig, lengths: Tensor, columns: int):
         """lengths: (batch,) tokens of each prompt. columns: room for the longest prompt and all new tokens."""
         self.columns, self.max_seq_len = columns, config.max_seq_len
+        self.end = None  # (1,) the column that the next token takes, once `freeze` was called
         self.memory = []  # of each layer: keys and values, (batch, n_kv_heads, columns, head_dim)
         self.lengths = lengths  # (batch,) tokens read so far
         self.used = 0  # columns that are filled
@@ -341,14 +350,18 @@ class KVCache:
 
     def mask(self) -> Tensor | None:
         """None while the prompts are read, which is plain causal: padding stands behind all that is real."""
+        if self.end is not None:
+            return self.hidden.masked_fill(torch.arange(self.columns, device=self.end.device) > self.end, -math.inf)
         return None if self.used == 0 or self.hidden is None else self.hidden[..., : self.used + 1]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (batch, n_kv_heads, seq, head_dim) of the new columns; return all columns so far."""
         if self.used == 0:
             room = *k.shape[:2], self.columns, k.shape[3]
-            self.memory.append([k.new_empty(room), v.new_empty(room)])
+            self.memory.append([k.new_zeros(room), v.new_zeros(room)])  # not empty: a NaN shows through a mask
         keys, values = self.memory[layer]
+        if self.end is not None:
+            return keys.index_copy_(2, self.end, k), values.index_copy_(2, self.end, v)
         end = self.used + k.shape[2]
         keys[:, :, self.used : end] = k
         values[:, :, self.used : end] = v
@@ -360,7 +373,12 @@ class KVCache:
             newest = h[torch.arange(len(h), device=h.device), self.lengths - 1]
             self.hidden = None if self.hidden is None else self.hidden.to(h.dtype)
         else:
-            newest, self.lengths = h[:, 0], self.lengths + 1
+            newest = h[:, 0]
+            if self.end is None:
+                self.lengths = self.lengths + 1
+            else:  # in place, where the graph finds them
+                self.lengths += 1
+                self.end += 1
         self.used += h.shape[1]
         return newest
 
@@ -368,10 +386,37 @@ class KVCache:
         """Go on with these rows only, in this order; a row may be named several times (N samples of a prompt)."""
         for pair in self.memory:
             for i, old in enumerate(pair):
-                pair[i] = old.new_empty(len(rows), *old.shape[1:])
+                pair[i] = old.new_zeros(len(rows), *old.shape[1:])
                 pair[i][:, :, : self.used] = old[rows, :, : self.used]
         self.lengths = self.lengths[rows]
         self.hidden = None if self.hidden is None else self.hidden[rows]
+
+    def freeze(self) -> None:
+        """From here on each step has the same shapes and addresses: it attends all columns, the empty ones under the mask."""
+        self.end = torch.tensor([self.used], device=self.lengths.device)
+        if self.hidden is None:
+            self.hidden = self.memory[0][0].new_zeros(len(self.lengths), 1, 1, self.columns)
+
+
+def captured(model: nn.Module, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """model(tokens, cache=cache) for one token a row as a CUDA graph: one launch instead of many hundreds (our choice).
+
+    The logits that it returns are overwritten by the next call. A cache that has lost rows needs another graph.
+    """
+    if cache.end is None:
+        cache.freeze()
+    tokens, graph, used = torch.zeros_like(cache.lengths)[:, None], torch.cuda.CUDAGraph(), cache.used
+    with sdpa_kernel(ANY_LENGTH), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # notes launches, computes nothing
+        logits = model(tokens, cache=cache)
+    cache.used = used
+
+    def step(new: Tensor) -> Tensor:
+        tokens.copy_(new)
+        graph.replay()
+        cache.used += 1
+        return logits
+
+    return step
 
 
 def uniforms(seed: int, rows: Tensor, samples: Tensor, steps: int) -> Tensor:
@@ -456,7 +501,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     for start in range(0, len(prompts), group):
         batch = by_length[start : start + group]
         indices = [i * n_samples + k for i in batch for k in range(n_samples)]
-        with torch.no_grad() if sharded else torch.inference_mode():
+        with torch.no_grad() if sharded else torch.inference_mode(), sdpa_kernel(ANY_LENGTH):
             drawn = generate_batch(model, [prompts[i] for i in batch], [rows[i] for i in batch], n_samples, max_new_tokens,
                                    temperature, top_p, set(stop), seed,
                                    on_token and (lambda row, token: on_token(indices[row], token)))
@@ -494,12 +539,14 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
     results = [Sample([], []) for _ in room]
     alive = list(range(len(results)))  # results[alive[j]] is what row j of the batch writes
 
-    cache = KVCache(model.config, lengths, width + steps)
+    cache = KVCache(model.config, lengths, math.ceil((width + steps) / 8) * 8)  # a GPU reads masks by eights
     logits = model(padded, cache=cache)  # (prompts, vocab)
     if n_samples > 1:
         copies = torch.arange(len(prompts), device=device).repeat_interleave(n_samples)
         cache.keep(copies)
         logits = logits[copies]  # (samples, vocab)
+    as_graph = device.type == "cuda" and not hasattr(model, "reshard")  # FSDP's gathering can't be captured
+    decode = captured(model, cache) if as_graph else partial(model, cache=cache)
     for step in range(steps):
         tokens, log_probs = sample(logits, temperature, top_p, random[:, step])  # (alive,), (alive,)
         still = []  # the rows that go on
@@ -521,7 +568,8 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
             kept = torch.tensor(still, device=device)
             cache.keep(kept)
             tokens, random, alive = tokens[kept], random[kept], [alive[j] for j in still]
-        logits = model(tokens[:, None], cache=cache)  # (alive, vocab)
+            decode = captured(model, cache) if as_graph else decode
+        logits = decode(tokens[:, None])  # (alive, vocab)
     return results
 
 

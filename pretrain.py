@@ -242,6 +242,7 @@ def start(settings) -> Ranks:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # see ANY_LENGTH; pretraining, whose rows are all alike, turns it on again
     shape, names = ((world_size,), ("shard",))
     if settings.replicas > 1:
         shape, names = (settings.replicas, world_size // settings.replicas), ("replica", "shard")
@@ -270,7 +271,7 @@ def build(config: ModelConfig, settings, ranks: Ranks, kind: type[Transformer] =
     with torch.device("meta"):
         model = kind(config)
     bf16 = compute_dtype(settings, ranks) == torch.bfloat16
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else MixedPrecisionPolicy()
     model.compiled = settings.compile
     for block in model.layers:
         block.checkpointing = bool(settings.checkpointing)
@@ -1254,12 +1255,13 @@ def plan_memory(config: ModelConfig, gpus: int, rows: int, seq_len: int, checkpo
     block = (count_parameters(config) - head - config.dim) / config.n_layers
     layer = width * tokens * (7 * config.dim + 2 * config.n_kv_heads * config.head_dim + 4 * config.ffn_hidden)
     kept = config.n_layers * (width * tokens * config.dim if checkpointing else layer)
-    logits = 4 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS)  # logits, fp32 copy, softmax, gradient
+    logits = 4 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS["cuda"])  # logits, fp32 copy, softmax, gradient
     first = kept + logits  # when the backward pass begins
     last = 4 * mine + layer + 2 * width * tokens * config.ffn_hidden  # when it ends: gradients, and one layer at work
+    both = checkpointing or last > first  # with checkpointing the two are close, and counted together to be on the safe side
     unsharded = (width + 4) * block if gpus > 1 else 0  # a block's gradient, and its fp32 copy on the way out
     parts = {"weights": 4 * mine, "AdamW": 8 * mine, "gathered units": width * (head + 2 * block) + unsharded,
-             "gradients": 4 * mine if last > first else 0, "activations": max(first, last - 4 * mine if last > first else 0)}
+             "gradients": 4 * mine if both else 0, "activations": max(first, last - 4 * mine if both else 0)}
     return parts | {"total": sum(parts.values())}
 
 
@@ -1488,6 +1490,7 @@ def main(settings: Settings) -> None:
         raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
     more = {"parent": settings.init, "parent_fingerprint": parent.fingerprint} if parent else {}
     ranks = start(settings)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     with locked(settings.out, ranks):
         out = Path(settings.out)
         found = text_sources(settings, spool_stdin(settings, ranks))

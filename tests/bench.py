@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, islice, product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +44,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rlhf
 import toy
-from model import (PRESETS, KVCache, ModelConfig, Transformer, count_parameters, generate, save_hf, swap_rope_layout,
+from model import (PRESETS, KVCache, ModelConfig, Transformer, captured, count_parameters, generate, save_hf, swap_rope_layout,
                    with_vocab)
 from pretrain import (Mixture, Ranks, Settings, Source, adamw, build, checkpoints, gathered, lm_loss, load_checkpoint, mfu,
                       optimizer_step, parent_of, parse, prepare, replace_file, save_checkpoint, save_model, shard_size, start,
@@ -102,48 +102,63 @@ def in_transformers(model: Transformer) -> nn.Module:
 
 TOY, TOY_L = with_vocab(PRESETS["toy"], 1024), with_vocab(PRESETS["toy-l"], 2048)
 GPT_2 = ModelConfig(768, 12, 12, 12, 2048, 32000, 1024)  # GPT-2's shape: 110M without, 134M with the output matrix
-CASES = {  # name: (config, dtype, (batch, new tokens)...)
-    "1M fp32": (TOY, torch.float32, (64, 64), (1, 64)),
-    "15M bf16": (TOY_L, torch.bfloat16, (64, 64), (1, 64)),
-    "110M bf16": (GPT_2, torch.bfloat16, (8, 16), (1, 32)),
+TINY_LLAMA = ModelConfig(2048, 22, 32, 4, 5632)  # 1.1B
+CASES = {  # name: (config, dtype, (batch, tokens of a prompt, new tokens)...)
+    "1M fp32": (TOY, torch.float32, (64, 16, 64), (1, 16, 64)),
+    "15M bf16": (TOY_L, torch.bfloat16, (64, 16, 64), (1, 16, 64)),
+    "110M bf16": (GPT_2, torch.bfloat16, (8, 16, 16), (1, 16, 32)),
 }
-PROMPT = 16  # tokens of a prompt
+GPU_CASES = {
+    "124M bf16": (GPT_2, torch.bfloat16, (64, 16, 64), (1, 900, 64)),
+    "1.1B bf16": (TINY_LLAMA, torch.bfloat16, (64, 16, 64), (1, 1000, 64)),
+    "7B bf16": (PRESETS["7b"], torch.bfloat16, (64, 16, 64), (1, 1000, 64)),
+}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROMPT = 16  # tokens of a prompt of `gathered`
 
 
 @torch.no_grad()
-def linear_layers(model: Transformer, batch: int, steps: int) -> None:
-    """The matrix products of `steps` decode steps and nothing else: no sampler is faster."""
+def least_work(model: Transformer, batch: int, steps: int) -> None:
+    """What no sampler can do without: on a CPU the matrix products of each step, on a GPU reading the weights once a step."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     inputs = {width: torch.randn(batch, 1, width, dtype=model.output.weight.dtype) for width in {x.in_features for x in layers}}
     for _ in range(steps):
+        if DEVICE.type == "cuda":
+            torch._foreach_norm([layer.weight for layer in layers], math.inf)
+            continue
         for layer in layers:
             layer(inputs[layer.in_features])
 
 
 def sampling(args: argparse.Namespace) -> dict:
-    """Our generate, transformers' generate with the same weights, and the floor that the linear layers set."""
+    """Our generate, transformers' generate with the same weights (up to 2B), and the floor that the linear layers set."""
     rows, found = [], {}
-    for name, (config, dtype, *shapes) in CASES.items():
+    for name, (config, dtype, *shapes) in (GPU_CASES if DEVICE.type == "cuda" else CASES).items():
         if args.only not in name:
             continue
-        model = Transformer(config).to(dtype)
-        theirs = in_transformers(model).eval()
-        theirs.generation_config.eos_token_id = None  # both draw exactly `new` tokens
-        for batch, new in shapes:
-            prompts = torch.randint(config.vocab_size, (batch, PROMPT))
-            seconds = interleaved({
-                "ours": lambda: generate(model, prompts.tolist(), new, args.temperature, args.top_p),
-                "transformers": lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new,
-                                                        do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0,
-                                                        pad_token_id=0),
-                "linear layers": lambda: linear_layers(model, batch, new),
-            }, args.repetitions)
+        with DEVICE:
+            model = Transformer(config).to(dtype)
+        theirs = in_transformers(model).eval() if count_parameters(config) < 2e9 else None
+        for batch, prompt, new in shapes:
+            prompts = torch.randint(config.vocab_size, (batch, prompt))
+            contestants = {"ours": lambda: generate(model, prompts.tolist(), new, args.temperature, args.top_p),
+                           "floor": lambda: least_work(model, batch, new)}
+            if theirs:
+                theirs.generation_config.eos_token_id = None  # both draw exactly `new` tokens
+                there = prompts.to(DEVICE)
+                contestants["transformers"] = lambda: theirs.generate(
+                    there, attention_mask=torch.ones_like(there), max_new_tokens=new, do_sample=True,
+                    temperature=args.temperature, top_p=args.top_p, top_k=0, pad_token_id=0)
+            seconds = interleaved(contestants, args.repetitions)
             rates = {who: summary(s, batch * new) for who, s in seconds.items()}
-            times, share = ratio(seconds["ours"], seconds["transformers"]), ratio(seconds["ours"], seconds["linear layers"])
-            rows.append([name, str(batch), *(spread(rate) for rate in rates.values()), f"{times:.2f}", f"{share:.0%}"])
-            found[f"{name} batch {batch}"] = rates | {"ours / transformers": times, "ours / linear layers": share}
-    print_table(["model", "batch", "ours, tokens/s", "transformers", "linear layers alone", "ours / transformers",
-                 "ours / linear layers"], rows)
+            share = ratio(seconds["ours"], seconds["floor"])
+            times = ratio(seconds["ours"], seconds["transformers"]) if theirs else math.nan
+            rows.append([name, str(batch), str(prompt), spread(rates["ours"]), spread(rates["transformers"]) if theirs else "",
+                         spread(rates["floor"]), f"{times:.2f}" if theirs else "", f"{share:.0%}"])
+            found[f"{name} batch {batch}"] = rates | {"ours / transformers": times, "ours / floor": share}
+    print_table(["model", "batch", "prompt", "ours, tokens/s", "transformers",
+                 "weights read, no more" if DEVICE.type == "cuda" else "linear layers alone", "ours / transformers",
+                 "ours / floor"], rows)
     return found
 
 
@@ -194,8 +209,8 @@ STEPS = {  # name: (config, dtype, rows, tokens of a row)
     "110M fp32": (GPT_2, "fp32", 2, 256),
 }
 GPU_STEPS = {
-    "124M bf16": (GPT_2, "bf16", 16, 1024), "1.1B bf16": (ModelConfig(2048, 22, 32, 4, 5632), "bf16", 2, 4096),
-    "7B's shape, 4 layers, bf16": (replace(PRESETS["7b"], n_layers=4), "bf16", 1, 4096),
+    "124M bf16": (GPT_2, "bf16", 64, 1024), "1.1B bf16": (TINY_LLAMA, "bf16", 4, 4096),
+    "7B's shape, 4 layers, bf16": (replace(PRESETS["7b"], n_layers=4), "bf16", 4, 4096),
 }
 
 
@@ -263,7 +278,8 @@ def training(args: argparse.Namespace) -> dict:
         tokens = torch.randint(config.vocab_size, (batch, seq + 1))
         batches = [(tokens[:, :-1], tokens[:, 1:].contiguous())]
         settings = parse(Settings, ["--dtype", dtype])
-        bare = Transformer(config).to(ranks.device, torch.bfloat16 if dtype == "bf16" else None)
+        with ranks.device:
+            bare = Transformer(config).to(torch.bfloat16 if dtype == "bf16" else None)
         theirs = in_transformers(bare)
         models = {"ours": (bare, bare, lm_loss)}  # name: (what holds the weights, what is called, its loss)
         for name, more in (("ours, FSDP", {}), ("ours, FSDP, --compile", {"compile": True})):
@@ -520,35 +536,62 @@ def scaling(args: argparse.Namespace) -> dict | None:
 @torch.inference_mode()
 def decode(model: Transformer, batch: int, context: int, steps: int) -> Callable[[], None]:
     """A function that decodes `steps` tokens of each row behind a context of random keys and values."""
-    c = model.config
-    cache = KVCache(c, torch.full((batch,), context), context + steps)
-    room = batch, c.n_kv_heads, context + steps, c.head_dim
-    cache.memory = [[torch.randn(room), torch.randn(room)] for _ in model.layers]
-    tokens = torch.randint(c.vocab_size, (batch, 1))
+    c, dtype = model.config, model.output.weight.dtype
+    with DEVICE:
+        cache = KVCache(c, torch.full((batch,), context), context + steps)
+        room = batch, c.n_kv_heads, context + steps, c.head_dim
+        cache.memory = [[torch.randn(room, dtype=dtype), torch.randn(room, dtype=dtype)] for _ in model.layers]
+        tokens = torch.randint(c.vocab_size, (batch, 1))
+    cache.used = context
+    model(tokens)  # sets up what can't be set up while a graph is captured
+    step = captured(model, cache) if DEVICE.type == "cuda" else partial(model, cache=cache)
 
     @torch.inference_mode()
     def run() -> None:
-        cache.used, cache.lengths = context, torch.full((batch,), context)
+        cache.used = context
+        cache.lengths.fill_(context)
+        if cache.end is not None:
+            cache.end.fill_(context)
         for _ in range(steps):
-            model(tokens, cache=cache)
+            step(tokens)
     return run
 
 
 def heads(args: argparse.Namespace) -> dict:
-    """Decoding at a context of 512 with 6, 3, 2 and 1 key and value heads, the feed-forward layer widened to equal size."""
+    """Decoding with fewer and fewer key and value heads, the feed-forward layer widened to equal size (Figure 24).
+
+    On a CPU the 15M in fp32, on a GPU 7B's shape in bf16, where large batches end the memory of multi-head attention.
+    """
+    on_gpu = DEVICE.type == "cuda"
+    base, dtype = (PRESETS["7b"], torch.bfloat16) if on_gpu else (TOY_L, torch.float32)
+    contexts, batches = ((256, 2048), (1, 32, 128, 512)) if on_gpu else ((512,), (1, 8, 64))
     rows, found, models = [], {}, {}
-    for n in (6, 3, 2, 1):
-        wider = 2 * (6 - n) * TOY_L.head_dim // 3  # what wk and wv lose, w1, w2 and w3 gain
-        models[f"{n} of 6"] = Transformer(replace(TOY_L, n_kv_heads=n, ffn_hidden=TOY_L.ffn_hidden + wider)).eval()
-    for batch in (1, 8, 64):
-        seconds = interleaved({name: decode(model, batch, 512, 8) for name, model in models.items()}, args.repetitions)
+    for n in (32, 8, 1) if on_gpu else (6, 3, 2, 1):
+        wider = 2 * (base.n_heads - n) * base.head_dim // 3  # what wk and wv lose, w1, w2 and w3 gain
+        with DEVICE:
+            models[f"{n} of {base.n_heads}"] = Transformer(replace(base, n_kv_heads=n, ffn_hidden=base.ffn_hidden + wider)).to(
+                dtype).eval()
+    first = next(iter(models))
+    for context, batch in product(contexts, batches):
+        seconds = {}
         for name, model in models.items():
-            c, latency, rate = model.config, statistics.median(seconds[name]) / 8, summary(seconds[name], batch * 8)
-            cached, times = 4 * 2 * c.n_layers * c.n_kv_heads * c.head_dim * 520 * batch, ratio(seconds[name], seconds["6 of 6"])
-            rows.append([str(batch), name, f"{1000 * latency:.1f}", spread(rate), f"{times:.2f}", f"{cached / 1e6:,.0f}"])
-            found[f"{name} batch {batch}"] = rate | {"latency": latency, "× MHA": times, "cache": cached}
+            try:  # one after the other: their caches would not fit beside each other
+                seconds |= interleaved({name: decode(model, batch, context, 8)}, args.repetitions)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+        for name, model in models.items():
+            c = model.config
+            cached = dtype.itemsize * 2 * c.n_layers * c.n_kv_heads * c.head_dim * (context + 8) * batch
+            about = [str(context), str(batch), name, f"{cached / 1e6:,.0f}"]
+            if name not in seconds:
+                rows.append([*about, "out of memory", "", ""])
+                continue
+            latency, rate = statistics.median(seconds[name]) / 8, summary(seconds[name], batch * 8)
+            times = ratio(seconds[name], seconds[first]) if first in seconds else math.nan
+            rows.append([*about, f"{1000 * latency:.1f}", spread(rate), f"{times:.2f}" if first in seconds else ""])
+            found[f"{name} context {context} batch {batch}"] = rate | {"latency": latency, "× MHA": times, "cache": cached}
     sizes = ", ".join(f"{name}: {count_parameters(model.config):,}" for name, model in models.items())
-    print_table(["batch", "key and value heads", "ms a token", "tokens/s", "× MHA", "cache, MB"], rows)
+    print_table(["context", "batch", "key and value heads", "cache, MB", "ms a token", "tokens/s", "× MHA"], rows)
     print(f"\nparameters: {sizes}")
     return found
 

@@ -68,6 +68,13 @@ def test_rope_turns_neighbouring_pairs_by_position_times_frequency():
             torch.testing.assert_close(turned[0, t, :, 2 * k + 1], a * math.sin(angle) + b * math.cos(angle))
 
 
+def test_rope_as_it_is_compiled_is_the_rope_of_complex_numbers(monkeypatch):
+    x, rotation = torch.randn(2, 5, 3, 8), rope_table(8, 5, 10000.0, torch.device("cpu"))[None, :, None]
+    turned = apply_rope(x, rotation)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(apply_rope(x, rotation), turned)
+
+
 def test_grouped_attention_equals_multi_head_attention_with_copied_heads():
     grouped = loud()
     full = Transformer(ModelConfig(**{**TINY.__dict__, "n_kv_heads": 4}))
@@ -119,7 +126,7 @@ def test_log_probs_in_chunks_have_the_values_and_gradients_of_the_whole(monkeypa
     whole = torch.log_softmax((h @ weight.T).float() / 0.7, -1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets != IGNORE)
     expected = torch.autograd.grad(whole.sum(), [h, weight])
     for limit in (1, 33, 10**6):  # one row at a time, three, all
-        monkeypatch.setattr(model_file, "CHUNK_LOGITS", limit)
+        monkeypatch.setitem(model_file.CHUNK_LOGITS, "cpu", limit)
         found = target_log_probs(h, weight, targets, temperature=0.7)
         torch.testing.assert_close(found, whole)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), [h, weight]), expected, atol=1e-6, rtol=1e-5)
@@ -297,6 +304,24 @@ def test_the_cache_keeps_the_rows_that_it_is_told_to_keep():
     cache.advance(torch.zeros(2, 3, 1))
     cache.keep(torch.tensor([1, 1, 0]))
     assert torch.equal(cache.memory[1][0][:, :, :3], k[[1, 1, 0]]) and cache.lengths.tolist() == [3, 3, 2]
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [2, 5, 3]])
+def test_a_frozen_cache_gives_the_logits_of_a_growing_one(lengths):
+    model, prompts = loud(), torch.randint(TINY.vocab_size, (3, max(lengths)))
+    logits = []
+    for freeze in (False, True):
+        cache = KVCache(TINY, torch.tensor(lengths), 16)
+        with torch.no_grad():
+            one = [model(prompts, cache=cache)]
+            if freeze:
+                cache.freeze()
+            for step in range(6):
+                if step == 3:
+                    cache.keep(torch.tensor([2, 0]))
+                one.append(model(one[-1].argmax(-1)[-len(cache.lengths):, None], cache=cache))
+        logits.append(torch.cat(one))
+    torch.testing.assert_close(*logits)
 
 
 @pytest.mark.parametrize("prompt, word", [([], "empty"), ([1] * 48, "48"), ([1, 50], "50"), ([-1, 2], "-1")])

@@ -357,7 +357,7 @@ PIQA = json.dumps(GOLDEN["piqa"]["rows"][0])
 @pytest.mark.parametrize("name, file, content, says", [
     ("piqa", "rows.tsv", PIQA, "jsonl, .json or .csv"), ("piqa", "rows.jsonl", PIQA + "\n" + PIQA[:30], "line 2"),
     ("hellaswag", "rows.jsonl", PIQA, 'line 1: is no row of hellaswag .*expected {"activity_label"'), ("piqa", "rows.jsonl", "", "empty"),
-    ("piqa", "rows.json", "[" + PIQA + ",", "not whole JSON"), ("piqa", "rows.jsonl.gz", gzip.compress(PIQA.encode() * 99)[:60], "can't be read"),
+    ("piqa", "rows.json", "[" + PIQA + ",", "not whole JSON"), ("piqa", "rows.jsonl.gz", gzip.compress(PIQA.encode() * 99, mtime=0)[:60], "can't be read"),
     ("piqa", "rows.jsonl", b"\xff\xfe", "not UTF-8"), ("piqa", "rows.jsonl", '["a"]\n', "line 1"), ("mmlu", "x_test.csv", 'why?,"a,b', "line 1"),
     ("piqa", "rows.jsonl", PIQA.replace('"label": 0', '"label": -1'), "line 1"), ("mmlu", "x_test.csv", "", "empty"),
     ("humaneval", "rows.jsonl", PIQA, "entry_point"), ("triviaqa", "rows.json", '{"Data": [{"Question": "x"}]}', "row 1")])
