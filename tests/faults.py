@@ -7,7 +7,7 @@
 A child process runs the stage with an audit hook that counts the operations on files below its --out (open for
 writing, rename, remove, mkdir, rmdir) and kills the process, as a power cut would, just before the nth. Then the same
 command runs again, undisturbed. All weights, and every line of metrics but its times, must equal those of a run
-that was never killed; so must the comparisons of `collect`. A stage that is added to the project adds a line to STAGES.
+that was never killed; so must the comparisons of `collect`, and what evaluations write. A stage that is added to the project adds a line to STAGES.
 """
 import argparse
 import json
@@ -38,6 +38,8 @@ DIALOGS = [{"prompt": f"How many eggs has the {name}?", "response": f"It has {i}
 PAIRS = [{"prompt": f"Eggs of the fox, day {i}?", "chosen": f"It has {i} eggs.", "rejected": "None."} for i in range(80)]
 SMALL = ["--device", "cpu", "--threads", "1", "--out", "{out}", "--batch_size", "4"]
 TRAIN = [*SMALL, "--preset", "toy-s", "--micro_batch", "4", "--steps", "9", "--save_every", "3", "--eval_every", "3"]
+JUDGES = ["--helpfulness", "{base}/judge/out", "--harmlessness", "{base}/judge/out"]
+ASK = ["--device", "cpu", "--threads", "1", "--out", "{out}", "--max_new_tokens", "8"]
 STAGES = {  # name: main, settings, flags, kind of model; {base} holds small data files, and the runs of MADE that the flags name
     "pretrain": (pretrain.main, pretrain.Settings,
                  [*TRAIN, "--data", "{base}/farm.txt", "--seq_len", "16", "--vocab_size", "340", "--sample_tokens", "4"], Transformer),
@@ -66,13 +68,27 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
     "judge": (evaluation.judge, evaluation.Judge, [*SMALL, "--a", "{base}/base/out", "--b", "{base}/base/out", "--judge", "truth",
                                                    "--n_prompts", "6", "--temperature", "1", "--max_new_tokens", "8"],
               None),
+    "reward-eval": (reward.evaluate, reward.Eval, ["{base}/judge/out", "--helpfulness", "{base}/pairs.jsonl", "--safety",
+                                                   "{base}/pairs.jsonl", "--device", "cpu", "--out", "{out}"], None),
+    "curves": (rlhf.curves, rlhf.Curves, ["{base}/base/out", *JUDGES, *ASK, "--n_prompts", "6", "--n_samples", "4", "--sample_batch", "3",
+                                          "--temperatures", "0.7", "1.1"], None),
+    "versions": (evaluation.versions, evaluation.Versions, ["{base}/base/out", "--against", "{base}/base/out", *JUDGES, *ASK,
+                                                            "--n_prompts", "8"], None),
+    "safety": (evaluation.safety, evaluation.Safety, ["{base}/base/out", "--rewards", "{base}/judge/out", "{base}/judge/out", *ASK], None),
+    "diversity": (evaluation.diversity, evaluation.Diversity, ["{base}/base/out", *ASK, "--n_prompts", "3", "--samples", "4",
+                                                               "--temperatures", "0.5", "1.1"], None),
+    "contamination": (evaluation.contamination, evaluation.Contamination,
+                      ["{base}/base/out/data/*/*-[0-9]*.u16", "--test", "{base}/samples.jsonl", "--tokenizer",
+                       "{base}/base/out/tokenizer.model", "--out", "{out}"], None),
+    "gatt-test": (gatt.test, gatt.Test, ["{base}/base/out", "--dialogs", "3", "--turns", "1", "2", "--unseen_turns", "1",
+                                         "--max_new_tokens", "8", "--out", "{out}"], None),
     "gatt": (gatt.main, gatt.Settings, [*TRAIN, "--init", "{base}/base/out", "--data", "{base}/chat.jsonl", "--seq_len", "256",
                                         "--reward", "{base}/judge/out", "--samples", "2", "--max_new_tokens", "64", "--sample_batch", "20",
                                         "--temperature", "1", "--replay", "0.3", "--sample_tokens", "4"], Transformer),
 }
 MADE = {"base": "pretrain", "judge": "reward"}  # what a stage starts from: folder and stage
 OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
-CLOCKS = {"tokens_per_s", "seconds", "mfu", "seconds/sampling", "seconds/scoring", "seconds/training"}
+CLOCKS = {"tokens_per_s", "seconds", "peak_gib", "mfu", "seconds/sampling", "seconds/scoring", "seconds/training"}
 
 
 def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: float | None = None) -> tuple[int, int]:
@@ -121,10 +137,10 @@ def outcome(stage: str, folder: Path) -> tuple[dict, list]:
     """What must not depend on crashes: the newest weights; metrics without clocks, comparisons and samples."""
     out, kind = folder / "out", STAGES[stage][3]
     weights = pretrain.load_model(out, kind)[0].state_dict() if kind else {}
-    lines = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    names = ("samples.txt", "accuracy.json", "results.json", "tasks.json", "distill.json")
-    texts = [(out / name).read_text() for name in names if (out / name).exists()]
-    return weights, [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines] + texts
+    lines = [json.loads(line) for path in sorted(out.rglob("*.jsonl")) for line in path.read_text().splitlines()]
+    lines += [json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.name != "config.json"]
+    lines = [{k: v for k, v in line.items() if k not in CLOCKS} if isinstance(line, dict) else line for line in lines]
+    return weights, lines + [path.read_text() for path in out.glob("samples.txt")]
 
 
 def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> int:
@@ -133,9 +149,10 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
     (base / "farm.txt").write_text(TEXT)
     for name, rows in (("chat", DIALOGS), ("pairs", PAIRS)):
         (base / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (base / "samples.jsonl").write_text("\n".join(json.dumps({"prompt": text, "score": i}) for i, text in enumerate(TEXT.split("\n\n"))))
     (base / "whole").mkdir()
     for name, maker in MADE.items():
-        if any(f"{{base}}/{name}/" in flag for flag in STAGES[stage][2]):
+        if stage != "pretrain" and (name == "base" or any(f"{{base}}/{name}/" in flag for flag in STAGES[stage][2])):
             (base / name).mkdir()
             assert run(maker, base / name)[0] == 0
     began = time.perf_counter()
