@@ -644,7 +644,20 @@ def jail() -> None:
 
 
 @dataclass(frozen=True)
-class Tasks:
+class Evaluation:
+    """What every evaluation can be told that runs on several ranks. Each of them holds a whole model."""
+    out: str = ""  # folder of the results; started again, it goes on where it stopped
+    seed: int = 0  # seed of prompts, orders and samples
+    device: str = "auto"  # cpu, cuda, or auto
+    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
+    replicas: int = 1  # not used here: every rank holds a whole model
+    resume: bool = True  # go on where the run in --out stopped
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+
+
+@dataclass(frozen=True)
+class Tasks(Evaluation):
     """Score a model on benchmarks from local files in their published formats (§2.3, A.2.2).
 
     NAME is boolq, piqa, siqa, hellaswag, winogrande, arc-e, arc-c, openbookqa, commonsenseqa, mmlu, truthfulqa-mc1,
@@ -662,13 +675,7 @@ class Tasks:
     unsafe_exec: bool = False  # run programs without a sandbox where there can be none
     out: str = ""  # folder of the results, else out/tasks-RUN; started again, it goes on where it stopped
     batch_size: int = 64  # questions that are scored and kept together: the unit of resume
-    seed: int = 0  # of the programs
-    device: str = "auto"  # cpu, cuda, or auto
-    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
-    replicas: int = 1  # not used here: every rank scores with a whole model
-    resume: bool = True  # go on where the run in --out stopped
 
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
     POSITIONAL: ClassVar[str] = "run"
 
 
@@ -943,7 +950,7 @@ def interval_of_runs(values: np.ndarray, draws: int = 2000) -> tuple[float, floa
 
 
 @dataclass(frozen=True)
-class Versions:
+class Versions(Evaluation):
     """Chat models against one that stays the same, on held-out prompts, by the reward models and by the truth (Figure 11)."""
     runs: tuple[str, ...] = ("out/rlhf-v1",)  # the models, oldest first
     against: str = "out/sft"  # the model that all are compared with | ChatGPT
@@ -954,13 +961,8 @@ class Versions:
     max_new_tokens: int = 64  # longest answer
     out: str = "out/versions"  # folder of the table and the picture
     world: int | None = None  # seed of the tiny world; by default that of --against
-    seed: int = 0  # seed of the prompts
-    device: str = "auto"  # cpu, cuda, or auto
-    threads: int = 0  # CPU threads; 0: all cores
-    replicas: int = 1  # not used here
     resume: bool = True  # not used here: greedy answers take seconds
 
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
     POSITIONAL: ClassVar[str] = "runs"
 
 
@@ -1091,19 +1093,11 @@ def draw_versions(found: dict[str, dict], seen: dict, h: slice, s: slice, settin
 
 
 @dataclass(frozen=True)
-class Asking:
+class Asking(Evaluation):
     """What every evaluation that asks chat models can be told."""
-    out: str = ""  # folder of answers and results; started again, it goes on where it stopped
     max_new_tokens: int = 64  # longest answer, in tokens
     batch_size: int = 256  # prompts that are asked together and kept together: the unit of resume
     world: int | None = None  # seed of the tiny world; by default that of the first model
-    seed: int = 0  # seed of prompts, orders and samples
-    device: str = "auto"  # cpu, cuda, or auto
-    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
-    replicas: int = 1  # not used here: every rank samples with a whole model
-    resume: bool = True  # go on where the run in --out stopped
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
 
 
 @dataclass(frozen=True)
