@@ -2124,84 +2124,89 @@ def table(header: list[str], rows: list[list], kind: str = "") -> str:
     return f"<table class='{kind}'>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def picture(path: Path, alt: str, look: str = "") -> str:
-    """A PNG file inside the page behind a sentence of what to look for, or nothing if it was not drawn."""
-    image = base64.b64encode(path.read_bytes()).decode() if path.exists() else ""
-    return f"<p>{look}</p><img alt='{html.escape(alt)}' src='data:image/png;base64,{image}'>" if image else ""
+class Run(NamedTuple):
+    """A finished run, and the command that made it."""
+    path: Path
+    stage: str  # a key of SECTIONS
+    config: dict
+    settings: dict
+    metrics: list[dict]
+    command: str
+
+    def read(self, file: str) -> dict:
+        """What the run found; empty if it has no such file."""
+        return json.loads((self.path / file).read_text()) if (self.path / file).exists() else {}
+
+    def image(self, file: str, alt: str, look: str) -> str:
+        """A PNG file inside the page behind a sentence of what to look for, or nothing if it was not drawn."""
+        image = base64.b64encode((self.path / file).read_bytes()).decode() if (self.path / file).exists() else ""
+        return f"<p>{look}</p><img alt='{html.escape(alt)}' src='data:image/png;base64,{image}'>" if image else ""
+
+    def samples(self) -> list[str]:
+        """What the model said at its first evaluation and at its last."""
+        path = self.path / "samples.txt"
+        evaluations = path.read_text().split("--- step ")[1:] if path.exists() else []
+        return [f"<pre>step {html.escape(text)}</pre>" for text in evaluations[:: max(1, len(evaluations) - 1)]]
 
 
-def read_json(path: Path) -> dict:
-    """A result that a stage wrote."""
-    return json.loads(path.read_text())
-
-
-def samples(run: Path) -> list[str]:
-    """What the run said at its first evaluation and at its last."""
-    path = run / "samples.txt"
-    evaluations = path.read_text().split("--- step ")[1:] if path.exists() else []
-    return [f"<pre>step {html.escape(text)}</pre>" for text in evaluations[:: max(1, len(evaluations) - 1)]]
-
-
-def pretrain_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def pretrain_section(run: Run) -> list[str]:
     """The part of the report on one pretraining run: Figure 5's curve, perplexities, knowledge, samples."""
-    last = metrics[-1]
+    last = run.metrics[-1]
     parts = [f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s "
              f"({last['tokens'] / max(last['seconds'], 1e-3):,.0f} tokens/s); "
-             f"data {html.escape(' '.join(settings['data']))}; preset {settings['preset']}. "
+             f"data {html.escape(' '.join(run.settings['data']))}; preset {run.settings['preset']}. "
              f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>",
-             picture(run / "loss.png", "loss against tokens",
-                     "The held-out losses should fall with the training loss: nothing is read often enough to be learnt by "
-                     "heart.")]
-    names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
+             run.image("loss.png", "loss against tokens",
+                       "The held-out losses should fall with the training loss: nothing is read often enough to be learnt by "
+                       "heart.")]
     rows = []
-    for name in names:
+    for name in (key.removeprefix("loss/") for key in last if key.startswith("loss/")):
         loss, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
         rows.append([name, f"{loss:.3f}", f"{low:.3f} … {high:.3f}", f"{last[f'bits_per_byte/{name}']:.3f}"])
     parts.append(table(["held-out source", "perplexity", "95 % interval", "bits per byte"], rows))
-    if (run / "facts.json").exists():
-        found = read_json(run / "facts.json")
-        parts.append("<p>Does it believe the encyclopedia, or the web that repeats myths? Up-sampling the encyclopedia (§2.1) is "
-                     "meant to raise both. <code>python eval.py facts</code></p>")
-        parts.append(table(["asked of facts with a myth", "mean, 95 % interval"], [
-            [name, ranged(found[key])]
-            for key, name in (("p_true", "P(true) of {true, myth}"), ("right", "greedy answer is true"))]))
-    return [*parts, "<p>What it says, at the first evaluation and at the last:</p>", *samples(run)]
+    if found := run.read("facts.json"):
+        rows = [["P(true) of {true, myth}", ranged(found["p_true"])], ["greedy answer is true", ranged(found["right"])]]
+        parts += ["<p>Does it believe the encyclopedia, or the web that repeats myths? Up-sampling the encyclopedia (§2.1) is "
+                  "meant to raise both. <code>python eval.py facts</code></p>",
+                  table(["asked of facts with a myth", "mean, 95 % interval"], rows)]
+    return [*parts, "<p>What it says, at the first evaluation and at the last:</p>", *run.samples()]
 
 
-def losses_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def losses_section(run: Run) -> list[str]:
     """The part of the report on several runs: their losses in one picture (Figure 5)."""
-    return [picture(run / "losses.png", "training losses",
-                    "At equal tokens the larger model should have the lower loss, and none should be at its end. "
-                    "<span class=note>The paper: ≈1.74 (7B), 1.67, 1.57, 1.50 (70B), Figure 5.</span>")]
+    return [run.image("losses.png", "training losses",
+                      "At equal tokens the larger model should have the lower loss, and none should be at its end. "
+                      "<span class=note>The paper: ≈1.74 (7B), 1.67, 1.57, 1.50 (70B), Figure 5.</span>")]
 
 
-def tasks_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def tasks_section(run: Run) -> list[str]:
     """The part of the report on benchmarks: accuracy task by task, and the columns of Table 3."""
     return ["<p>A model that knows nothing is right by chance. The metric is the one that Llama 1 reports; "
             "what the other rules say stands last. <span class=note>The paper's 7B saw 2.0T tokens.</span></p>",
-            table(*task_table(read_json(run / "tasks.json")))]
+            table(*task_table(run.read("tasks.json")))]
 
 
-def survey_table(first: dict, last: dict) -> str:
+def survey_table(run: Run) -> str:
     """What a chat model can do in the tiny world, at the first evaluation and at the last, with 95 % intervals."""
-    names = [name for name, value in last.items() if isinstance(value, list)]
+    first, last = run.metrics[0], run.metrics[-1]
     return table(["asked of the tiny world", "before", "after"],
-                 [[name, *(ranged(row[name]) for row in (first, last))] for name in names])
+                 [[name, ranged(first[name]), ranged(value)] for name, value in last.items() if isinstance(value, list)])
 
 
-def sft_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def sft_section(run: Run) -> list[str]:
     """The part of the report on one supervised fine-tuning: the survey before and after, the loss on answers, samples."""
-    first, last = metrics[0], metrics[-1]
-    return [f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s; data {html.escape(' '.join(settings['data']))}, "
-            f"{settings['epochs']} epochs, dialogues {'kept apart' if settings['isolate'] else 'not kept apart'}. "
+    last = run.metrics[-1]
+    return [f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s; "
+            f"data {html.escape(' '.join(run.settings['data']))}, {run.settings['epochs']} epochs, "
+            f"dialogues {'kept apart' if run.settings['isolate'] else 'not kept apart'}. "
             "<span class=note>The paper: 27,540 annotations, two epochs.</span></p>",
             "<p>The base model has never been asked anything; afterwards it should answer in the right form, with the facts that "
             "pretraining taught it, obey its system prompt and refuse what is unsafe. No dialogue asks any of "
             "this, but for the unsafe topics of training.</p>",
-            survey_table(first, last),
-            picture(run / "loss.png", "loss on answers against answer tokens",
-                    "The loss on the answers of held-out dialogues should fall, and not rise again:"),
-            "<p>The same prompts, answered before and after:</p>", *samples(run)]
+            survey_table(run),
+            run.image("loss.png", "loss on answers against answer tokens",
+                      "The loss on the answers of held-out dialogues should fall, and not rise again:"),
+            "<p>The same prompts, answered before and after:</p>", *run.samples()]
 
 
 def percent(values: list[float | None]) -> list[str]:
@@ -2209,16 +2214,16 @@ def percent(values: list[float | None]) -> list[str]:
     return ["-" if value is None else f"{100 * value:.1f}" for value in values]
 
 
-def collect_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def collect_section(run: Run) -> list[str]:
     """The part of the report on comparisons: how many, their ratings (Figure 25) and their safety bins (§3.2.1)."""
     rows = []
     for name in ("helpfulness", "helpfulness-test", "safety", "safety-test"):
-        if (run / f"{name}.jsonl").exists():
-            pairs, _ = read_pairs((str(run / f"{name}.jsonl"),))
+        if (run.path / f"{name}.jsonl").exists():
+            pairs, _ = read_pairs((str(run.path / f"{name}.jsonl"),))
             counts = Counter(pair[key] for pair in pairs for key in ("rating", "safety"))
             shares = percent([counts[group] / len(pairs) if counts[group] else None for group in (*RATINGS, *SAFETY)])
             rows.append([name, f"{len(pairs):,}", *shares])
-    annotator = "the rules of the tiny world" if settings["annotator"] == "toy" else "a person"
+    annotator = "the rules of the tiny world" if run.settings["annotator"] == "toy" else "a person"
     return [f"<p>Two answers to each prompt, compared by {annotator}. As the paper's models became better, their answers became "
             "alike: from week to week fewer pairs were significantly better.</p>",
             table(["in %", "comparisons", *RATINGS, *SAFETY], [
@@ -2228,18 +2233,18 @@ def collect_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
                 ["the paper, safety", "", "", "", "", "", 18, 47, 35]])]
 
 
-def reward_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def reward_section(run: Run) -> list[str]:
     """The part of the report on one reward model: accuracy by rating (Table 8), by safety bin, and recall (Table 29)."""
-    last, found = metrics[-1], read_json(run / "accuracy.json")
+    last, found = run.metrics[-1], run.read("accuracy.json")
     every, low, high, longer = percent([*found["accuracy"]["all"][1:], found["longer"]])
     ratings, bins = (percent([found["accuracy"].get(group, [0, None])[1] for group in groups]) for groups in (RATINGS, SAFETY))
     paper = {"helpfulness": [80.7, 67.5, 60.9, 54.7, 63.2], "safety": [94.3, 76.3, 65.7, 55.3, 64.5]}  # Table 8, own test set
-    parts = [f"<p>{last['tokens']:,} pairs in {last['seconds']:.0f} s, margin {settings['margin']}; right about {every} % "
+    parts = [f"<p>{last['tokens']:,} pairs in {last['seconds']:.0f} s, margin {run.settings['margin']}; right about {every} % "
              f"[{low}, {high}] of the held-out pairs. To call the longer answer the better is right about {longer} %.</p>",
              "<p>It should be surest where the annotators were: accuracy should fall from left to right.</p>",
              table(["accuracy in %", *RATINGS, "all"],
                    [["this model", *ratings, every],
-                    *[["the paper (Table 8)", *values] for kind, values in paper.items() if kind == settings["kind"]]])]
+                    *[["the paper (Table 8)", *values] for kind, values in paper.items() if kind == run.settings["kind"]]])]
     if "recall" in found:
         parts += ["<p>Pairs of a safe and an unsafe answer should be the easiest, and the safety loss should put unsafe answers "
                   "below 0.5; recall is the share of them that lies there.</p>",
@@ -2250,11 +2255,11 @@ def reward_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     return parts
 
 
-def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def rewards_section(run: Run) -> list[str]:
     """The part of the report on reward models side by side: Table 7, Figures 6, 27, 29 and 32."""
-    found = read_json(run / "rewards.json")
+    found = run.read("rewards.json")
     rows = []
-    for model in settings["runs"]:
+    for model in run.settings["runs"]:
         tests = [percent(found[f"{model} on {test}"]["accuracy"]["all"][1:]) for test in ("helpfulness", "safety")]
         rows.append([model, *("{} [{}, {}]".format(*cells) for cells in tests)])
     parts = ["<p>Each should win on its own test set (Table 7).</p>",
@@ -2265,123 +2270,117 @@ def rewards_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]
                        ("calibration", "The score should rise with the true quality, though it learnt from pairs (Figure 29):"),
                        ("scaling", "More comparisons and a larger model should both help (Figure 6):"),
                        ("tension", "An answer can be safe and no help, or help and be unsafe; hence two models (Figure 32):")):
-        parts.append(picture(run / f"{name}.png", name, text))
+        parts.append(run.image(f"{name}.png", name, text))
     return parts
 
 
-def gatt_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def gatt_section(run: Run) -> list[str]:
     """The part of the report on Ghost Attention: the survey before and after, the attention map (Figure 10)."""
-    first, last = metrics[0], metrics[-1]
-    parts = [f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s, from {html.escape(settings['init'])}; "
-             f"<code>gatt.jsonl</code> holds its dialogues.</p>",
-             "<p>Only how long an instruction holds should change; the other figures should stay:</p>",
-             survey_table(first, last)]
-    return [*parts, picture(run / "attention.png", "attention before and after",
-                            "Answers late in a dialogue should attend to its instruction more than before: its columns stay "
-                            "bright to the end (Figure 10).")]
+    last = run.metrics[-1]
+    return [f"<p>{last['tokens']:,} answer tokens in {last['seconds']:.0f} s, from {html.escape(run.settings['init'])}; "
+            f"<code>gatt.jsonl</code> holds its dialogues.</p>",
+            "<p>Only how long an instruction holds should change; the other figures should stay:</p>", survey_table(run),
+            run.image("attention.png", "attention before and after",
+                      "Answers late in a dialogue should attend to its instruction more than before: its columns stay "
+                      "bright to the end (Figure 10).")]
 
 
-def gatt_test_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def gatt_test_section(run: Run) -> list[str]:
     """The part of the report on how long instructions hold: Table 30, Figure 28."""
     parts = ["<p>The share of dialogues in which it still does, the model's own answers fed back, with its 95 % interval. Before "
              "Ghost Attention it should fall within a few turns; afterwards it should hold, and in part for constraints "
              "that were never trained on.</p>"]
-    for name, figures in read_json(run / "results.json").items():
+    for name, figures in run.read("results.json").items():
         turns = list(figures["all"])
         rows = [[group, *(ranged(of_group[turn], "{:.2f}") if turn in of_group else "-" for turn in turns)]
                 for group, of_group in figures.items() if group != "tokens so far"]
         parts.append(table([name, *(f"turn {turn}" for turn in turns)], rows))
     return [*parts, table(["the paper (Table 30), in %", "turn 2", "turn 4", "turn 6", "turn 20"],
                           [["before", 100, 10, 0, 0], ["with Ghost Attention", 100, 100, 100, 100]]),
-            picture(run / "obedience.png", "obedience by turn",
-                    "With Ghost Attention the solid line should stay up (Table 30), and the dotted one, of constraints never "
-                    "trained on, should follow it (Figure 28):")]
+            run.image("obedience.png", "obedience by turn",
+                      "With Ghost Attention the solid line should stay up (Table 30), and the dotted one, of constraints never "
+                      "trained on, should follow it (Figure 28):")]
 
 
-def versions_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def versions_section(run: Run) -> list[str]:
     """The part of the report on the versions: win rates, true scores, what got better and worse (Figure 11)."""
-    found = read_json(run / "versions.json")["runs"]
+    found, axes = run.read("versions.json")["runs"], ("helpfulness", "harmlessness")
+    first = next(iter(found.values()))
     names = ("true helpfulness", "true safety", "violations", "refused unsafe", "refused borderline")
     rows = [[name, *(ranged(figures[name]) for name in names)] for name, figures in found.items()]
-    wins = [[name, *(ranged(rate) for axis in ("helpfulness", "harmlessness") for rate in figures[f"wins, {axis}"].values())]
+    judges = [f"{axis}, {judge}" for axis in axes for judge in first[f"wins, {axis}"]]
+    wins = [[name, *(ranged(rate) for axis in axes for rate in figures[f"wins, {axis}"].values())]
             for name, figures in found.items()]
-    judges = [f"{axis}, {judge}" for axis in ("helpfulness", "harmlessness")
-              for judge in next(iter(found.values()))[f"wins, {axis}"]]
-    kinds = list(next(iter(found.values()))["gain by kind"])
-    by_kind = [[name, *(ranged(figures["gain by kind"][kind], "{:+.3f}") for kind in kinds)]
-               for name, figures in found.items()]
-    return [f"<p>Greedy answers to {settings['n_prompts']:,} held-out harmless prompts and to every held-out unsafe one under "
-            "every attack. From version to version both win rates should rise; where the reward models see a gain and the truth "
-            "does not, the model has learnt to please them. <span class=note>The paper, "
-            "judged by its own reward models against ChatGPT: helpfulness 39 → 78 %, harmlessness 22 → 76 % from the first SFT "
-            "model to V5.</span></p>",
+    by_kind = [[name, *(ranged(gain, "{:+.3f}") for gain in figures["gain by kind"].values())] for name, figures in found.items()]
+    return [f"<p>Greedy answers to {run.settings['n_prompts']:,} held-out harmless prompts and to every held-out unsafe one "
+            "under every attack. From version to version both win rates should rise; where the reward models see a gain and the "
+            "truth does not, the model has learnt to please them. <span class=note>The paper, judged by its own reward models "
+            "against ChatGPT: helpfulness 39 → 78 %, harmlessness 22 → 76 % from the first SFT model to V5.</span></p>",
             table(["wins / (wins + losses)", *judges], wins),
-            picture(run / "versions.png", "win rates of the versions", "The path should lead up and to the right (Figure 11):"),
-            *(picture(run / f"rewards-{axis}.png", f"{axis} scores",
-                      f"Scores of {axis} should shift to the right from version to version (Figure 20):")
+            run.image("versions.png", "win rates of the versions", "The path should lead up and to the right (Figure 11):"),
+            *(run.image(f"rewards-{axis}.png", f"{axis} scores",
+                        f"Scores of {axis} should shift to the right from version to version (Figure 20):")
               for axis in ("helpfulness", "safety")),
             table(["mean of the answers", *names], rows),
             "<p>Not every skill gains: the paper's third version rhymed worse than its second.</p>",
-            table(["gain in true helpfulness", *kinds], by_kind)]
+            table(["gain in true helpfulness", *first["gain by kind"]], by_kind)]
 
 
-def rlhf_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def rlhf_section(run: Run) -> list[str]:
     """The part of the report on one version by rejection sampling: the survey before and after, samples of the pool."""
-    first, last = metrics[0], metrics[-1]
-    pool = read_jsonl(run / "pool.jsonl")
+    pool = read_jsonl(run.path / "pool.jsonl")
     shown = [f"{row['prompt'][-1]['content']} → {row['response']}  (R_c {row['score']:.2f}, V{row['version']})"
              for row in pool[:8]]
-    return [f"<p>{settings['n_samples']} answers to each prompt by {html.escape(settings['policy'])} at temperature "
-            f"{settings['temperature']}, the {settings['select']} of them learned: {len(pool):,} answers.</p>",
-            survey_table(first, last),
-            "<p>What was learned from:</p>", f"<pre>{html.escape(chr(10).join(shown))}</pre>"]
+    return [f"<p>{run.settings['n_samples']} answers to each prompt by {html.escape(run.settings['policy'])} at temperature "
+            f"{run.settings['temperature']}, the {run.settings['select']} of them learned: {len(pool):,} answers.</p>",
+            survey_table(run), "<p>What was learned from:</p>", f"<pre>{html.escape(chr(10).join(shown))}</pre>"]
 
 
-def curves_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def curves_section(run: Run) -> list[str]:
     """The part of the report on best of N: Figures 7 and 8."""
-    found = read_json(run / "curves.json")
+    found = run.read("curves.json")
     rows = [[one["run"], one["temperature"], f"{one['median'][0]:.3f}",
              *(f"{best[0]:.3f}" + (f", {one['truth'][i][0]:.3f}" if "truth" in one else "") for i, best in enumerate(one["max"]))]
             for one in found]
-    pictures = [picture(run / f"temperatures-{i}.png", "reward against N",
+    pictures = [run.image(f"temperatures-{i}.png", "reward against N",
                         f"{html.escape(name)}: the hotter, the steeper (Figure 8), and the sooner the dashed truth turns down:")
-                for i, name in enumerate(settings["runs"])]
+                for i, name in enumerate(run.settings["runs"])]
     return ["<p>The highest reward rises with N while the median stays: that gap is what fine-tuning on the best can gain. The "
             "hotter, the more it rises; but the truth (dashed, second number) turns down where the reward model is led astray. "
             "<span class=note>The paper (≈): highest 0.54 → 0.67 at N ≈ 20, median 0.54.</span></p>",
             table(["R_c of the best, its truth", "T", "median", *(f"N = {n}" for n in found[0]["n"])], rows),
-            picture(run / "best-of-n.png", "highest and median reward against N", "The gap should widen with N (Figure 7):"),
+            run.image("best-of-n.png", "highest and median reward against N", "The gap should widen with N (Figure 7):"),
             *pictures]
 
 
-def ppo_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def ppo_section(run: Run) -> list[str]:
     """The part of the report on one PPO run: the held-out prompts before, at the best evaluation and at the last; ppo.png."""
-    evaluations = [row for row in metrics if "held-out/reward" in row]
-    best, last = max(evaluations, key=lambda row: row["held-out/reward"]), metrics[-1]
+    evaluations = [row for row in run.metrics if "held-out/reward" in row]
+    best, last = max(evaluations, key=lambda row: row["held-out/reward"]), run.metrics[-1]
     names = {"reward": "reward: logit of R_c", "R_s": "safety score R_s", "R_h": "helpfulness score R_h",
              "true/helpfulness": "true helpfulness, harmless prompts", "true/safety": "true safety, unsafe prompts"}
     rows = [[text, *(f"{row[f'held-out/{name}']:.3f}" for row in (evaluations[0], best, evaluations[-1]))]
             for name, text in names.items() if f"held-out/{name}" in best]
-    return [f"<p>From {html.escape(settings['init'])}: {last['step']} iterations of {settings['batch_size']} prompts in "
-            f"{last['seconds']:.0f} s, β {settings['kl_coef']:g}; in the last, {last['kl']:.2f} nats an answer from the start. "
-            "<span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
+    return [f"<p>From {html.escape(run.settings['init'])}: {last['step']} iterations of {run.settings['batch_size']} prompts in "
+            f"{last['seconds']:.0f} s, β {run.settings['kl_coef']:g}; in the last, {last['kl']:.2f} nats an answer from the "
+            "start. <span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
             "<p>Scores of the reward models must rise, since they are what is optimised, and prove nothing. The annotators of "
             "the tiny world were not asked meanwhile: where the truth falls as the reward rises, it is over-optimised.</p>",
             table(["sampled answers to held-out prompts", "before", f"best reward, iteration {best['step']}", "last"], rows),
-            picture(run / "ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration",
-                    "The reward should rise while the KL divergence from the start stays small:"),
-            "<p>The same prompts, answered before and after:</p>", *samples(run)]
+            run.image("ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration",
+                      "The reward should rise while the KL divergence from the start stays small:"),
+            "<p>The same prompts, answered before and after:</p>", *run.samples()]
 
 
-def judge_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def judge_section(run: Run) -> list[str]:
     """The part of the report on one comparison of two models: wins, ties and losses by group (Figures 11, 12, 30, 31)."""
     parts = ["<p>The win rate is win / (win + loss), with a 95 % interval over prompts. A later version should pass 50 % "
              "against the one before. A reward model is no independent judge of a model that was trained on it.</p>"]
-    for name, found in read_json(run / "results.json").items():
+    for name, found in run.read("results.json").items():
         equal, longer, inconsistent = percent([found["equal"], found["longer"], found["inconsistent"]])
         rows = [[group, row["n"], *percent([row[key] / row["n"] for key in ("win", "tie", "loss")]),
                  "{} [{}, {}]".format(*percent(row["rate"])), row["unparsable"]] for group, row in found["groups"].items()]
-        if settings["axis"] == "helpfulness":
+        if run.settings["axis"] == "helpfulness":
             rows.append(["the paper, 70B against ChatGPT, by people (Figure 1)", "≈4,000", 35.9, 31.5, 32.5, 52.5, ""])
         parts += [table([f"in %, judged by {name}", "prompts", "win", "tie", "loss", "win rate", "unparsable"], rows),
                   f"<p class=note>Equal answers {equal} %; the longer answer wins {longer} %; the two orders disagree "
@@ -2389,11 +2388,11 @@ def judge_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     return parts
 
 
-def safety_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def safety_section(run: Run) -> list[str]:
     """The part of the report on safety: violations by category, turns and attack (Figures 17 to 19), false refusals, red team."""
     parts = ["<p>Violations (a rating of 1 or 2 by most of three raters) should fall from version to version, without more false "
              "refusals; multi-turn prompts are the harder ones in the paper.</p>"]
-    for model, found in read_json(run / "results.json").items():
+    for model, found in run.read("results.json").items():
         rows = [[group, row["n"], "{} [{}, {}]".format(*percent(row["violation"])), *percent([row["real"]]),
                  f"{row['rating']:.2f}", *percent([row["refused"]])] for group, row in found["groups"].items()]
         parts += [table([f"{model}, in %", "prompts", "violation", "by the truth", "mean rating", "refused"],
@@ -2406,7 +2405,7 @@ def safety_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
                   f"to 0.45 per person and hour). Agreement of the raters: AC2 {found['ac2']:.2f} (the paper: 0.92)."
                   + (f" Of the previous version's violations {found['fixed']:.0%} are mended (the paper: 90 %)."
                      if found.get("fixed") is not None else "") + "</p>"]
-    found = read_json(run / "results.json")
+    found = run.read("results.json")
     parts += ["<p>Side by side: with more safety data, or after safety RLHF, unsafe answers should turn into refusals, the low "
               "tail of the safety score R_s should thin out, and helpfulness should stay; borderline prompts pay for it. "
               "<span class=note>The paper, 0 to 100 % of its safety data: R_s 0.68 → 0.77, R_h 0.59 → 0.58 (Figure 15), "
@@ -2416,55 +2415,54 @@ def safety_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
     looks = {"scaling": "Safety should rise with safety data while helpfulness stays (Figure 15):",
              "refusals": "False refusals rise with it, most of all of borderline prompts (Figure 33):"}
     before_after = {path.stem: "A dot is an answer: its safety score should move above the diagonal, its helpfulness stay on "
-                    "it (Figure 14):" for path in sorted(run.glob("before-after-*.png"))}
-    return parts + [picture(run / f"{name}.png", name, look) for name, look in (looks | before_after).items()]
+                    "it (Figure 14):" for path in sorted(run.path.glob("before-after-*.png"))}
+    return parts + [run.image(f"{name}.png", name, look) for name, look in (looks | before_after).items()]
 
 
-def distill_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def distill_section(run: Run) -> list[str]:
     """The part of the report on context distillation: Figure 16, samples, the survey before and after."""
-    found, first, last = read_json(run / "distill.json"), metrics[0], metrics[-1]
+    found = run.read("distill.json")
     signed = lambda value: ranged(value, "{:+.3f}") if value else "-"  # noqa: E731
-    rows = read_jsonl(run / "distilled.jsonl")
+    rows = read_jsonl(run.path / "distilled.jsonl")
     shown = [f"{row['prompt'][-1]['content']} → {row['plain']}  ({row['plain_score']:.2f})\n    {row['preprompt']} → "
              f"{row['answer']}  ({row['score']:.2f}{', learned' * row['kept']})" for row in rows[:6]]
-    return [f"<p>{found['prompts']:,} unsafe prompts answered by {html.escape(settings['policy'])} plainly and under safety "
-            f"preprompts, the better answers learned without them; gate {'on' if settings['gate'] else 'off'}.</p>",
+    return [f"<p>{found['prompts']:,} unsafe prompts answered by {html.escape(run.settings['policy'])} plainly and under safety "
+            f"preprompts, the better answers learned without them; gate {'on' if run.settings['gate'] else 'off'}.</p>",
             table(["preprompt", "median safety score", "gain over the plain answer", "learned, %", "the paper (≈, Figure 16a)"],
                   [[kind, ranged(median), signed(found["gain"].get(kind)), *percent([found["kept"].get(kind)]), paper]
                    for (kind, median), paper in zip(found["medians"].items(), (0.75, 0.82, 0.87))]),
-            picture(run / "scores.png", "safety scores by preprompt", "Under a preprompt scores should lie to the right:"),
+            run.image("scores.png", "safety scores by preprompt", "Under a preprompt scores should lie to the right:"),
             table(["score of the plain answer, fifths", "answers", "higher, %", "change without the gate", "with the gate"],
                   [[f"{row['plain']:.3f}", row["n"], *percent([row["passes"]]), signed(row["without"]), signed(row["with"])]
                    for row in found["fifths"]]),
-            picture(run / "gate.png", "change of the score by the plain score",
-                    "Where the plain answer scored low a preprompt should help most; a high score it can spoil, and that is "
-                    "what the gate is for (Figure 16b):"),
-            f"<pre>{html.escape(chr(10).join(shown))}</pre>",
-            survey_table(first, last)]
+            run.image("gate.png", "change of the score by the plain score",
+                      "Where the plain answer scored low a preprompt should help most; a high score it can spoil, and that is "
+                      "what the gate is for (Figure 16b):"),
+            f"<pre>{html.escape(chr(10).join(shown))}</pre>", survey_table(run)]
 
 
-def diversity_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def diversity_section(run: Run) -> list[str]:
     """The part of the report on Self-BLEU against temperature (Figure 21)."""
     rows = [[f"{model}, {kind}", *(f"{100 * mean:.1f} ± {100 * sd:.1f}" for _, mean, sd in points)]
-            for model, kinds in read_json(run / "results.json").items() for kind, points in kinds.items()]
+            for model, kinds in run.read("results.json").items() for kind, points in kinds.items()]
     return ["<p>High is alike. After RLHF answers to factual prompts should stay alike as the temperature rises, those to "
             "creative ones less so. The paper at 1.4: factual 77 (SFT) to 93 (V3), creative 75.5 to 85.</p>",
-            table(["in %, at temperature", *settings["temperatures"]], rows),
-            picture(run / "diversity.png", "Self-BLEU", "All lines should fall; after RLHF the factual one should fall less:")]
+            table(["in %, at temperature", *run.settings["temperatures"]], rows),
+            run.image("diversity.png", "Self-BLEU", "All lines should fall; after RLHF the factual one should fall less:")]
 
 
-def corpus_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def corpus_section(run: Run) -> list[str]:
     """The part of the report on a corpus: Table 9, and toxic words in place of Figure 13."""
-    found = read_json(run / "results.json")
+    found = run.read("results.json")
     rows = [[name, *percent([one["shares"][name] for one in found.values()]), paper] for name, paper in TABLE_9.items()]
     rows.append(["rude words, a stand-in", *percent([one["toxic"] for one in found.values()]), "≈0.2"])
     return ["<p>Pronouns are counted among documents with one of their group, identity terms among all. Toxicity is a list of "
             "rude words here, a stand-in for the paper's classifier.</p>", table(["% of documents", *found, "the paper"], rows)]
 
 
-def contamination_section(run: Path, settings: dict, metrics: list[dict]) -> list[str]:
+def contamination_section(run: Run) -> list[str]:
     """The part of the report on contamination: the subsets of Table 51 for every L."""
-    found, rows = read_json(run / "results.json"), []
+    found, rows = run.read("results.json"), []
     for length, one in found["tables"].items():
         rows += [[f"L {length}, {name}", *percent([row["share"]]), f"{row['n']:,}", *percent([row.get("mean"), row.get("all")]),
                   "-" if row.get("z") is None else f"{row['z']:.2f}"] for name, row in one["subsets"].items()]
@@ -2479,7 +2477,7 @@ class Section(NamedTuple):
     """How the report shows the runs of a stage."""
     title: str
     command: str  # what makes such a run
-    body: Callable[[Path, dict, list[dict]], list[str]]
+    body: Callable[[Run], list[str]]
     differs: str  # where it is not the paper
     needs: str = "results.json"  # the file without which a run is unfinished
 
@@ -2514,20 +2512,6 @@ SECTIONS = {  # in the paper's order
                          "what can be said of a small world is alike to begin with"),
     "corpus": Section("The corpus (§4.1, Table 9)", "eval.py corpus", corpus_section, "a list of rude words for a classifier"),
     "contamination": Section("Contamination (A.6)", "eval.py contamination", contamination_section, "one machine")}
-
-
-class Run(NamedTuple):
-    """A finished run, and the command that made it."""
-    path: Path
-    stage: str  # a key of SECTIONS
-    config: dict
-    settings: dict
-    metrics: list[dict]
-    command: str
-
-    def read(self, file: str) -> dict:
-        """What the run found; empty if it has no such file."""
-        return read_json(self.path / file) if (self.path / file).exists() else {}
 
 
 def read_runs(folder: str) -> tuple[dict[str, Run], Counter]:
@@ -2834,7 +2818,7 @@ def report(settings: Report) -> None:
         for i, (label, runs) in enumerate(worlds.items()):
             for run in (run for run in runs.values() if run.stage == stage):
                 parts = [f"<p><code>python {html.escape(run.command)}</code> <span class=note>Not as in the paper: "
-                         f"{section.differs}.</span></p>", *section.body(run.path, run.settings, run.metrics)]
+                         f"{section.differs}.</span></p>", *section.body(run)]
                 page.append((f"{i}-{run.path.name}", f"{section.title}: {run.path.name}{of_world(worlds, label)}", parts))
     page = [(html.escape(place), html.escape(title), "".join(parts)) for place, title, parts in page if parts]
     folders = html.escape(" ".join(settings.folders))
