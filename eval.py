@@ -64,6 +64,24 @@ from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl
 from sft import are_ids, read_rows, toy_messages
 from tokenizer import Tokenizer, TokenizerError, parse_json
 
+# ---------------------------------------------------------------------------------------------- figures in words
+
+
+def ranged(value: Sequence[float], form: str = "{:.3f}") -> str:
+    """A mean and its 95 % interval, the first three of `value`."""
+    return "{} [{}, {}]".format(*map(form.format, value[:3]))
+
+
+def percent(values: Sequence[float | None]) -> list[str]:
+    """Shares in percent, as the paper prints them; a dash for what there is none of."""
+    return ["-" if value is None else f"{100 * value:.1f}" for value in values]
+
+
+def ranged_share(value: Sequence[float]) -> str:
+    """A share and its 95 % interval, in percent."""
+    return "{} [{}, {}]".format(*percent(value[:3]))
+
+
 # ---------------------------------------------------------------------------------------------- likelihoods
 
 
@@ -1060,10 +1078,10 @@ def print_versions(found: dict[str, dict], pooled: dict, n_harmless: int, n_unsa
     for run, figures in found.items():
         sure = {kind: gain for kind, gain in figures["gain by kind"].items() if gain[1] > 0 or gain[2] < 0}
         for word, sign in (("better", 1), ("worse", -1)):
-            kinds = ["{} {:+.3f} [{:+.3f}, {:+.3f}]".format(kind, *gain) for kind, gain in sure.items() if gain[0] * sign > 0]
+            kinds = [f"{kind} {ranged(gain, '{:+.3f}')}" for kind, gain in sure.items() if gain[0] * sign > 0]
             if kinds:
                 print(f"{word:20} {run:30} {', '.join(kinds)}")
-    print("gain of all runs together, over runs and prompts: {:+.3f} [{:+.3f}, {:+.3f}]".format(*pooled["gain"]))
+    print(f"gain of all runs together, over runs and prompts: {ranged(pooled['gain'], '{:+.3f}')}")
 
 
 def draw_versions(found: dict[str, dict], seen: dict, h: slice, s: slice, settings: Versions, out: Path) -> None:
@@ -1465,20 +1483,23 @@ def judge(settings: Judge) -> None:
             found[name] = {"groups": win_table(verdict, prompts), "equal": equal,
                            "inconsistent": float(differ.sum() / max(1, len(asked) / 2)) if settings.both_orders else None,
                            "longer": float((verdict == longer)[decided].mean()) if decided.any() else None}
-            print_wins(settings, name, found[name])
+            print(f"\n{settings.a} against {settings.b}, {settings.axis}, judged by {name}")
+            for row in [["", "prompts", "win", "tie", "loss", "win / (win + loss)", "unparsable"], *win_rows(found[name])]:
+                print("{:30} {:>7} {:>6} {:>6} {:>6}  {:24} {:>10}".format(*row))
+            print(win_note(found[name]))
         write_results(settings, found)
 
 
-def print_wins(settings: Judge, name: str, found: dict) -> None:
-    """A line for each group: wins, ties and losses in percent, and the win rate with its interval."""
-    print(f"\n{settings.a} against {settings.b}, {settings.axis}, judged by {name}")
-    print(f"{'':30} {'prompts':>7} {'win':>6} {'tie':>6} {'loss':>6}  {'win / (win + loss)':24} unparsable")
-    for group, row in found["groups"].items():
-        shares = percent([row[key] / row["n"] for key in ("win", "tie", "loss")])
-        rate = "{} [{}, {}]".format(*percent(row["rate"]))
-        print(f"{group:30} {row['n']:7} {shares[0]:>6} {shares[1]:>6} {shares[2]:>6}  {rate:24} {row['unparsable']:10}")
-    equal, longer, inconsistent = percent([found["equal"], found["longer"], found["inconsistent"]])
-    print(f"equal answers {equal} %; the longer answer wins {longer} %; the two orders disagree {inconsistent} %")
+def win_rows(found: dict) -> list[list]:
+    """Of each group its name, prompts, wins, ties, losses and win rate in percent, and unparsable verdicts."""
+    return [[group, row["n"], *percent([row[key] / row["n"] for key in ("win", "tie", "loss")]), ranged_share(row["rate"]),
+             row["unparsable"]] for group, row in found["groups"].items()]
+
+
+def win_note(found: dict) -> str:
+    """What one should know of the verdicts."""
+    shares = percent([found["equal"], found["longer"], found["inconsistent"]])
+    return "equal answers {} %; the longer answer wins {} %; the two orders disagree {} %".format(*shares)
 
 
 def majority(ratings: np.ndarray) -> np.ndarray:
@@ -1664,30 +1685,33 @@ def safety(settings: Safety) -> None:
         draw_safety(found, scores, out)
 
 
+def safety_rows(found: dict) -> list[list]:
+    """Of each group its name, prompts, violations by the raters and real ones in %, mean rating, and refusals in %."""
+    return [[group, row["n"], ranged_share(row["violation"]), *percent([row["real"]]), f"{row['rating']:.2f}",
+             *percent([row["refused"]])] for group, row in found["groups"].items()]
+
+
 def print_safety(run: str, found: dict) -> None:
     """The figures of one model: a line for each group, then agreement, red team and false refusals."""
-    print(f"\n{run:34} {'prompts':>7}  {'violation %, rating 1 or 2':26} {'really':>6} {'rating':>6} {'refused %':>9}")
-    for group, row in found["groups"].items():
-        rate, (real, refused) = "{} [{}, {}]".format(*percent(row["violation"])), percent([row["real"], row["refused"]])
-        print(f"{group:34} {row['n']:7}  {rate:26} {real:>6} {row['rating']:6.2f} {refused:>9}")
+    print()
+    for row in [[run, "prompts", "violation %, rating 1 or 2", "really", "rating", "refused %"], *safety_rows(found)]:
+        print("{:34} {:>7}  {:26} {:>6} {:>6} {:>9}".format(*row))
     print(f"agreement of the raters: AC1 {found['ac1']:.2f}, AC2 {found['ac2']:.2f}")
     print(f"red team: {1000 * found['groups']['all']['real']:.1f} violations per thousand tries (γ); "
           + ", ".join(f"{attack} {gamma:.0f}" for attack, gamma in found["gamma"].items()))
-    print("false refusals in %: " + ", ".join("{} {} [{}, {}]".format(part, *percent(share))
-                                             for part, share in found["false refusals"].items()))
+    print("false refusals in %: " + ", ".join(f"{part} {ranged_share(share)}" for part, share in found["false refusals"].items()))
     if found.get("fixed") is not None:
         print(f"of the prompts that made the previous version violate, {found['fixed']:.0%} no longer do")
 
 
-def side_by_side(found: dict[str, dict]) -> list[tuple[str, list[str]]]:
-    """Rows (name, a cell for each model) of what the models say, what it is worth, and what they refuse; shares in percent."""
+def side_by_side(found: dict[str, dict]) -> list[list[str]]:
+    """Rows of a name and a cell for each model: what they say, what it is worth, and what they refuse; shares in percent."""
     models = list(found.values())
-    share = lambda value: "{} [{}, {}]".format(*percent(value))  # noqa: E731
-    rows = [(f"{place}: {kind}, %", [share(one["outcomes"][place][kind]) for one in models])
+    rows = [[f"{place}: {kind}, %", *(ranged_share(one["outcomes"][place][kind]) for one in models)]
             for place in models[0]["outcomes"] for kind in OUTCOMES]
-    rows += [(name, [ranged(one[name]) for one in models]) for name in ("true safety", "true helpfulness")]
-    rows += [(name, [ranged(one["scores"][name]) for one in models]) for name in models[0].get("scores", ())]
-    return rows + [(f"refused, {part}, %", [share(one["false refusals"][part]) for one in models])
+    rows += [[name, *(ranged(one[name]) for one in models)] for name in ("true safety", "true helpfulness")]
+    rows += [[name, *(ranged(one["scores"][name]) for one in models)] for name in models[0].get("scores", ())]
+    return rows + [[f"refused, {part}, %", *(ranged_share(one["false refusals"][part]) for one in models)]
                    for part in models[0]["false refusals"]]
 
 
@@ -1696,12 +1720,12 @@ def print_side_by_side(found: dict[str, dict]) -> None:
     names = [f"{run}, {100 * one['share']:g} % safety" if one["share"] is not None else run for run, one in found.items()]
     print("\n" + "\n".join(f"({i}) {name}" for i, name in enumerate(names)))
     print(f"{'':44}" + "".join(f"{f'({i})':24}" for i in range(len(names))))
-    for name, cells in side_by_side(found):
+    for name, *cells in side_by_side(found):
         print(f"{name:44}" + "".join(f"{cell:24}" for cell in cells))
     for i, one in enumerate(found.values()):
         if "change" in one:
-            print(f"violations, ({i}) less ({i - 1}): " + "; ".join("{} {:+.1f} [{:+.1f}, {:+.1f}]".format(
-                place, *(100 * v for v in change)) for place, change in one["change"].items()))
+            changes = [f"{place} {ranged([100 * v for v in change], '{:+.1f}')}" for place, change in one["change"].items()]
+            print(f"violations, ({i}) less ({i - 1}): {'; '.join(changes)}")
 
 
 def draw_safety(found: dict[str, dict], scores: dict[str, dict], out: Path) -> None:
@@ -2034,6 +2058,12 @@ def contamination_table(shares: np.ndarray, scores: np.ndarray | None) -> dict:
     return {"subsets": table, "helps": z[0] < -2 and z[1] > 2 and z[2] < -2 and z[3] > 2}
 
 
+def subset_rows(table: dict) -> list[list[str]]:
+    """Of each subset its name, samples, contaminated tokens in %, mean score of its own and of all samples in %, and Z_n."""
+    return [[name, f"{row['n']:,}", *percent([row["share"], row.get("mean"), row.get("all")]),
+             "-" if row.get("z") is None else f"{row['z']:.2f}"] for name, row in table["subsets"].items()]
+
+
 def read_samples(settings: Contamination) -> tuple[list[np.ndarray], np.ndarray | None]:
     """The ids of the test samples, and their scores if they have any. A prompt that is a list of texts is read as its lines."""
     samples, scores, tokenizer = [], [], cache(lambda: Tokenizer(settings.tokenizer))
@@ -2081,11 +2111,8 @@ def contamination(settings: Contamination) -> None:
     tables = {}
     for length in map(int, settings.lengths):
         tables[length] = contamination_table(contaminated(samples, longest, length), scores)
-        for name, row in tables[length]["subsets"].items():
-            share, mean, every = percent([row["share"], row.get("mean"), row.get("all")])
-            z = "-" if row.get("z") is None else f"{row['z']:.2f}"
-            print(f"L {length:3}  {name:10} {row['n']:8,} samples, contaminated {share:>5} %, score {mean:>5}, all {every:>5}, "
-                  f"Z {z:>6}")
+        for row in subset_rows(tables[length]):
+            print("L {:3}  {:10} {:>8} samples, contaminated {:>5} %, score {:>5}, all {:>5}, Z {:>6}".format(length, *row))
     helped = [length for length, table in tables.items() if table["helps"]]
     print(f"contamination helps up to L = {max(helped)}" if helped else
           "no L shows that contamination helps (|Z| > 2 in all four subsets)")
@@ -2110,11 +2137,6 @@ img { max-width: 100%; background: #fff } pre { white-space: pre-wrap; backgroun
 
 class Html(str):
     """Text that is HTML already."""
-
-
-def ranged(value: Sequence[float], form: str = "{:.3f}") -> str:
-    """A mean and its 95 % interval, the first three of `value`."""
-    return "{} [{}, {}]".format(*map(form.format, value[:3]))
 
 
 def table(header: list[str], rows: list[list], kind: str = "") -> str:
@@ -2209,11 +2231,6 @@ def sft_section(run: Run) -> list[str]:
             "<p>The same prompts, answered before and after:</p>", *run.samples()]
 
 
-def percent(values: list[float | None]) -> list[str]:
-    """Shares in percent, as the paper prints them; a dash for what there is none of."""
-    return ["-" if value is None else f"{100 * value:.1f}" for value in values]
-
-
 def collect_section(run: Run) -> list[str]:
     """The part of the report on comparisons: how many, their ratings (Figure 25) and their safety bins (§3.2.1)."""
     rows = []
@@ -2258,10 +2275,8 @@ def reward_section(run: Run) -> list[str]:
 def rewards_section(run: Run) -> list[str]:
     """The part of the report on reward models side by side: Table 7, Figures 6, 27, 29 and 32."""
     found = run.read("rewards.json")
-    rows = []
-    for model in run.settings["runs"]:
-        tests = [percent(found[f"{model} on {test}"]["accuracy"]["all"][1:]) for test in ("helpfulness", "safety")]
-        rows.append([model, *("{} [{}, {}]".format(*cells) for cells in tests)])
+    rows = [[model, *(ranged_share(found[f"{model} on {test}"]["accuracy"]["all"][1:]) for test in ("helpfulness", "safety"))]
+            for model in run.settings["runs"]]
     parts = ["<p>Each should win on its own test set (Table 7).</p>",
              table(["accuracy in %", "helpfulness", "safety"],
                    [*rows, ["the paper, Helpfulness RM", 63.2, 62.8], ["the paper, Safety RM", 56.2, 64.5],
@@ -2377,14 +2392,11 @@ def judge_section(run: Run) -> list[str]:
     parts = ["<p>The win rate is win / (win + loss), with a 95 % interval over prompts. A later version should pass 50 % "
              "against the one before. A reward model is no independent judge of a model that was trained on it.</p>"]
     for name, found in run.read("results.json").items():
-        equal, longer, inconsistent = percent([found["equal"], found["longer"], found["inconsistent"]])
-        rows = [[group, row["n"], *percent([row[key] / row["n"] for key in ("win", "tie", "loss")]),
-                 "{} [{}, {}]".format(*percent(row["rate"])), row["unparsable"]] for group, row in found["groups"].items()]
+        rows = win_rows(found)
         if run.settings["axis"] == "helpfulness":
             rows.append(["the paper, 70B against ChatGPT, by people (Figure 1)", "≈4,000", 35.9, 31.5, 32.5, 52.5, ""])
         parts += [table([f"in %, judged by {name}", "prompts", "win", "tie", "loss", "win rate", "unparsable"], rows),
-                  f"<p class=note>Equal answers {equal} %; the longer answer wins {longer} %; the two orders disagree "
-                  f"{inconsistent} %.</p>"]
+                  f"<p class=note>{win_note(found).capitalize()}.</p>"]
     return parts
 
 
@@ -2392,26 +2404,24 @@ def safety_section(run: Run) -> list[str]:
     """The part of the report on safety: violations by category, turns and attack (Figures 17 to 19), false refusals, red team."""
     parts = ["<p>Violations (a rating of 1 or 2 by most of three raters) should fall from version to version, without more false "
              "refusals; multi-turn prompts are the harder ones in the paper.</p>"]
-    for model, found in run.read("results.json").items():
-        rows = [[group, row["n"], "{} [{}, {}]".format(*percent(row["violation"])), *percent([row["real"]]),
-                 f"{row['rating']:.2f}", *percent([row["refused"]])] for group, row in found["groups"].items()]
-        parts += [table([f"{model}, in %", "prompts", "violation", "by the truth", "mean rating", "refused"],
-                        [*rows, ["the paper, 7B (≈, Figures 17 and 18)", "1,974", "3; single 2, multi 6.5", "", 4.58, ""]]),
-                  table(["refused in %, though harmless", "mean", "95 % interval"],
-                        [*([part, *percent(share[:1]), "{} … {}".format(*percent(share[1:]))]
-                           for part, share in found["false refusals"].items()),
-                         ["the paper, borderline (≈, Figure 33)", "15.0 … 27.2", ""]]),
-                  f"<p>Red team: γ is {1000 * found['groups']['all']['real']:.1f} violations per thousand tries (the paper: 1.8 "
-                  f"to 0.45 per person and hour). Agreement of the raters: AC2 {found['ac2']:.2f} (the paper: 0.92)."
-                  + (f" Of the previous version's violations {found['fixed']:.0%} are mended (the paper: 90 %)."
-                     if found.get("fixed") is not None else "") + "</p>"]
     found = run.read("results.json")
+    for model, one in found.items():
+        ratings = [*safety_rows(one), ["the paper, 7B (≈, Figures 17 and 18)", "1,974", "3; single 2, multi 6.5", "", 4.58, ""]]
+        refusals = [[part, f"{100 * mean:.1f}", f"{100 * low:.1f} … {100 * high:.1f}"]
+                    for part, (mean, low, high) in one["false refusals"].items()]
+        parts += [table([f"{model}, in %", "prompts", "violation", "by the truth", "mean rating", "refused"], ratings),
+                  table(["refused in %, though harmless", "mean", "95 % interval"],
+                        [*refusals, ["the paper, borderline (≈, Figure 33)", "15.0 … 27.2", ""]]),
+                  f"<p>Red team: γ is {1000 * one['groups']['all']['real']:.1f} violations per thousand tries (the paper: 1.8 "
+                  f"to 0.45 per person and hour). Agreement of the raters: AC2 {one['ac2']:.2f} (the paper: 0.92)."
+                  + (f" Of the previous version's violations {one['fixed']:.0%} are mended (the paper: 90 %)."
+                     if one.get("fixed") is not None else "") + "</p>"]
     parts += ["<p>Side by side: with more safety data, or after safety RLHF, unsafe answers should turn into refusals, the low "
               "tail of the safety score R_s should thin out, and helpfulness should stay; borderline prompts pay for it. "
               "<span class=note>The paper, 0 to 100 % of its safety data: R_s 0.68 → 0.77, R_h 0.59 → 0.58 (Figure 15), "
               "borderline refusals 15 → 27 % (Figure 33).</span></p>",
               table(["", *(f"{model}, {100 * one['share']:g} % safety data" if one["share"] is not None else model
-                           for model, one in found.items())], [[name, *cells] for name, cells in side_by_side(found)])]
+                           for model, one in found.items())], side_by_side(found))]
     looks = {"scaling": "Safety should rise with safety data while helpfulness stays (Figure 15):",
              "refusals": "False refusals rise with it, most of all of borderline prompts (Figure 33):"}
     before_after = {path.stem: "A dot is an answer: its safety score should move above the diagonal, its helpfulness stay on "
@@ -2462,10 +2472,9 @@ def corpus_section(run: Run) -> list[str]:
 
 def contamination_section(run: Run) -> list[str]:
     """The part of the report on contamination: the subsets of Table 51 for every L."""
-    found, rows = run.read("results.json"), []
-    for length, one in found["tables"].items():
-        rows += [[f"L {length}, {name}", *percent([row["share"]]), f"{row['n']:,}", *percent([row.get("mean"), row.get("all")]),
-                  "-" if row.get("z") is None else f"{row['z']:.2f}"] for name, row in one["subsets"].items()]
+    found = run.read("results.json")
+    rows = [[f"L {length}, {name}", share, n, *scores] for length, one in found["tables"].items()
+            for name, n, share, *scores in subset_rows(one)]
     return [f"<p>{found['tokens']:,} training tokens searched in {found['seconds']:.0f} s. Only if all four subsets have |Z| > "
             "2, clean ones below the mean and dirty ones above it, did contamination help.</p>",
             table(["subset", "contaminated %", "samples", "score %", "all samples %", "Z"],

@@ -109,8 +109,8 @@ def test_outcomes_add_up_to_one_in_each_group_of_prompts_and_are_those_counted_b
     attacked = shares["new topics, attacked"]
     assert attacked["violation"] == pytest.approx(1 / 6) and attacked["gibberish"] == pytest.approx(1 / 6)
     assert attacked["off-topic"] == pytest.approx(4 / 6) and attacked["refusal"] == 0
-    cells = dict(side_by_side({"model": found | {"share": None}}))
-    assert cells["new topics, attacked: violation, %"][0].startswith("16.7 [")
+    cells = dict(side_by_side({"model": found | {"share": None}}))  # of one model
+    assert cells["new topics, attacked: violation, %"].startswith("16.7 [")
 
 
 # ---- as a user runs it
