@@ -54,9 +54,10 @@ from tqdm import tqdm
 
 import toy
 from model import IGNORE, ModelConfig, Transformer, count_parameters, generate, load_weights, read_any
-from pretrain import (COLOURS, FREE, InputError, Ranks, carbon, checkpoints, claim, command_line, cores, file_fingerprint,
-                      interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents, read_lines,
-                      replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world, training_curve, world_of)
+from pretrain import (COLOURS, FREE, InputError, Ranks, can_draw, carbon, checkpoints, claim, command_line, cores,
+                      file_fingerprint, interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents,
+                      read_lines, replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world,
+                      training_curve, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
                     in_parts, is_number, load_speakers, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
 from reward import picture as axes_of
@@ -865,26 +866,27 @@ class Curves:
 
 
 def curves(settings: Curves) -> None:
-    """Write OUT/losses.png, and print and keep where each curve ends."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise InputError("the picture needs matplotlib: `pip install matplotlib`")
-    out, ends = Path(settings.out), {}
+    """Draw OUT/losses.png, and print and keep where each curve ends."""
+    out, ends, curve = Path(settings.out), {}, {}
     for run in settings.runs:
         if not Path(run, "metrics.jsonl").exists():
             raise InputError(f"{run}: there is no metrics.jsonl; name the folder of a run")
     claim(out, "losses")
     out.mkdir(parents=True, exist_ok=True)
-    with axes_of(out / "losses.png", "Training loss (Figure 5)", "tokens (millions)", "loss (nats per token)") as axes:
-        for run, colour in zip(settings.runs, cycle(COLOURS)):
-            metrics, parameters = read_jsonl(Path(run, "metrics.jsonl")), count_parameters(shape_of(run))
-            *_, tokens, losses = training_curve(metrics)
-            axes.plot(tokens, losses, lw=1.2, color=colour, label=f"{run}, {parameters / 1e6:.1f}M")
-            ends[run] = {"parameters": parameters, "tokens": metrics[-1]["tokens"], "loss": losses[-1]}
-            print("{:28} {parameters:14,} parameters {tokens:14,} tokens  loss {loss:.3f}".format(run, **ends[run]))
-        log_scale(axes)
+    for run in settings.runs:
+        metrics = read_jsonl(Path(run, "metrics.jsonl"))
+        curve[run] = training_curve(metrics)[2:]
+        ends[run] = {"parameters": count_parameters(shape_of(run)), "tokens": metrics[-1]["tokens"], "loss": curve[run][1][-1]}
+        print("{:28} {parameters:14,} parameters {tokens:14,} tokens  loss {loss:.3f}".format(run, **ends[run]))
     replace_file(out / "losses.json", json.dumps(ends, indent=1).encode())
     record = {"stage": "losses", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
     replace_file(out / "config.json", json.dumps(record, indent=1).encode())
+    if not can_draw():
+        return
+    with axes_of(out / "losses.png", "Training loss (Figure 5)", "tokens (millions)", "loss (nats per token)") as axes:
+        for run, colour in zip(curve, cycle(COLOURS)):
+            axes.plot(*curve[run], lw=1.2, color=colour, label=f"{run}, {ends[run]['parameters'] / 1e6:.1f}M")
+        log_scale(axes)
     print(f"{out}/losses.png")
 
 
@@ -1086,8 +1088,7 @@ def print_versions(found: dict[str, dict], pooled: dict, n_harmless: int, n_unsa
 
 def draw_versions(found: dict[str, dict], seen: dict, h: slice, s: slice, settings: Versions, out: Path) -> None:
     """versions.png: wins on helpfulness and on harmlessness by each judge (Figure 11); rewards-*.png: the scores (Figure 20)."""
-    if not importlib.util.find_spec("matplotlib"):
-        print("no picture: `pip install matplotlib` draws it")
+    if not can_draw():
         return
     for name, key, where in (("helpfulness", "R_h", h), ("safety", "R_s", s)):
         with axes_of(out / f"rewards-{name}.png", "Scores by version (Figure 20)", f"{name} score", "share of answers") as axes:
@@ -1733,8 +1734,7 @@ def draw_safety(found: dict[str, dict], scores: dict[str, dict], out: Path) -> N
 
     scores: of each model, R_s of the unsafe prompts and R_h of the helpful ones; empty if no reward model was asked.
     """
-    if not importlib.util.find_spec("matplotlib"):
-        print("no pictures: `pip install matplotlib` draws them")
+    if not can_draw():
         return
     places = np.array(next(iter(found.values()))["places"])
     attacked = np.char.endswith(places, "attacked")
@@ -1840,7 +1840,7 @@ def diversity(settings: Diversity) -> None:
             for kind, points in kinds.items():
                 print(f"{run + ', ' + kind:38} " + " ".join(f"{100 * mean:5.1f} ({100 * sd:3.0f})" for _, mean, sd in points))
         write_results(settings, found)
-        if importlib.util.find_spec("matplotlib"):
+        if can_draw():
             with axes_of(out / "diversity.png", "Figure 21", "temperature", "Self-BLEU in %, mean and sd") as axes:
                 for (run, kinds), colour in zip(found.items(), cycle(COLOURS)):
                     for (kind, points), line in zip(kinds.items(), ("-", "--")):

@@ -1442,15 +1442,22 @@ def log_scale(axes) -> None:
     axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def draw_loss(out: Path) -> None:
-    """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
+def can_draw() -> bool:
+    """Whether matplotlib is there, which draws into files; where it is not, what to install is printed."""
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
     except ImportError:
-        print("no loss.png: `pip install matplotlib` draws it")
+        print("no pictures: `pip install matplotlib` draws them")
+        return False
+    matplotlib.use("Agg")
+    return True
+
+
+def draw_loss(out: Path) -> None:
+    """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
+    if not can_draw():
         return
+    import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     tokens, losses, smooth_tokens, smooth_losses = training_curve(rows)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
