@@ -18,8 +18,8 @@ import torch
 import toy
 from eval import (COMMANDS, JUDGE_PROMPT, Contamination, Judge, Question, Report, bleu, contaminated, contamination,
                   contamination_table, corpus_figures, fingerprints, fixed, groups_of, gwet_ac, index_samples, judge, judge_by_reward,
-                  judge_by_truth, judge_by_url, longest_matches, majority, measure_safety, questions, rate_safety, read_verdict,
-                  report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts, win_table)
+                  judge_by_truth, judge_by_url, longest_matches, majority, measure_safety, pairs_to_judge, rate_safety,
+                  read_verdict, report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts, win_table)
 from model import ModelConfig, Transformer
 from pretrain import InputError, command_line, cpu_group, save_model
 from reward import RewardModel
@@ -119,10 +119,10 @@ def test_two_orders_that_disagree_are_a_tie_and_are_counted():
 def test_orders_are_random_and_equal_answers_are_not_asked_about():
     prompts = [{"messages": []}] * 400
     answers = [{"a": {"text": "x"}, "b": {"text": "x" if i % 4 == 0 else "y"}} for i in range(400)]
-    asked = questions(prompts, answers, Judge())
+    asked = pairs_to_judge(prompts, answers, Judge())
     assert len(asked) == 300 and 110 < sum(one.order for one in asked) < 190
     assert all(one.first["text"] == "xy"[one.order] for one in asked)
-    assert len(questions(prompts, answers, Judge(both_orders=True))) == 600
+    assert len(pairs_to_judge(prompts, answers, Judge(both_orders=True))) == 600
 
 
 def test_the_win_rate_is_wins_among_the_decided_in_every_group():
