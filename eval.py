@@ -22,7 +22,6 @@ import glob
 import hashlib
 import html
 import http.client
-import importlib.util
 import inspect
 import json
 import math
@@ -41,7 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -54,14 +53,14 @@ from tqdm import tqdm
 
 import toy
 from model import IGNORE, ModelConfig, Transformer, count_parameters, generate, load_weights, read_any
-from pretrain import (COLOURS, FREE, InputError, Ranks, can_draw, carbon, checkpoints, claim, command_line, cores,
+from pretrain import (CALLED, COLOURS, InputError, Ranks, can_draw, carbon, checkpoints, claim, command_line, cores,
                       file_fingerprint, interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents,
                       read_lines, replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world,
                       training_curve, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
                     in_parts, is_number, load_speakers, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
 from reward import picture as axes_of
-from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl
+from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl, write_jsonl
 from sft import are_ids, read_rows, toy_messages
 from tokenizer import Tokenizer, TokenizerError, parse_json
 
@@ -675,6 +674,33 @@ class Evaluation:
     BY_PRESET: ClassVar[dict[str, dict]] = {}
 
 
+@contextmanager
+def opened(settings: Evaluation, stage: str, data: dict[str, str], model: dict = {}) -> Iterator[Ranks]:
+    """Join the other ranks and hold --out, as training does; an evaluation that was stopped goes on.
+
+    data: fingerprints of what must not change on the way. model: the shape of the one that is evaluated.
+    """
+    ranks = start(settings)
+    with locked(settings.out, ranks):
+        record = open_run(settings, stage, ranks, data=data)
+        if ranks.rank == 0:
+            replace_file(Path(settings.out, "config.json"), json.dumps(record | {"model": model}, indent=1).encode())
+        yield ranks
+
+
+def write_config(settings, stage: str, **more) -> None:
+    """OUT/config.json of an evaluation that begins anew each time."""
+    record = {"stage": stage, "settings": asdict(settings), "command": CALLED, **more, "model": {},
+              "threads": torch.get_num_threads()}
+    replace_file(Path(settings.out, "config.json"), json.dumps(record, indent=1).encode())
+
+
+def write_results(settings, found: dict) -> None:
+    """OUT/results.json, for the report."""
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    replace_file(Path(settings.out, "results.json"), json.dumps(found, indent=1).encode())
+
+
 @dataclass(frozen=True)
 class Tasks(Evaluation):
     """Score a model on benchmarks from local files in their published formats (§2.3, A.2.2).
@@ -737,11 +763,7 @@ def tasks(settings: Tasks) -> None:
     if any(items[0].program != ("", "") for items in wanted.values()):
         run_code("", settings.seconds, settings.unsafe_exec)  # refuse before the work, not after it
     parent = parent_of(settings.run)
-    ranks = start(settings)
-    with locked(settings.out, ranks):
-        record = open_run(replace(settings, **PER_CALL), "tasks", ranks, data={"model": parent.fingerprint})
-        if ranks.rank == 0:
-            replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
+    with opened(replace(settings, **PER_CALL), "tasks", {"model": parent.fingerprint}, asdict(parent.config)) as ranks:
         speaker = load_speakers([settings.run], ranks)[0]
         model, tokenizer = speaker.model, speaker.tokenizer
         old = out / "tasks.json"
@@ -757,7 +779,7 @@ def tasks(settings: Tasks) -> None:
                             lambda part: score(model, tokenizer, [items[i] for i in part], task, settings, part.start),
                             ranks, settings.resume)
             if ranks.rank == 0:
-                replace_file(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+                write_jsonl(out / f"{name}.jsonl", rows)
                 metrics = [metric for metric, value in rows[0].items() if isinstance(value, float)]
                 figures = {metric: interval([row[metric] for row in rows]) for metric in metrics}
                 shots = task.shots if settings.shots is None else settings.shots
@@ -879,8 +901,7 @@ def curves(settings: Curves) -> None:
         ends[run] = {"parameters": count_parameters(shape_of(run)), "tokens": metrics[-1]["tokens"], "loss": curve[run][1][-1]}
         print("{:28} {parameters:14,} parameters {tokens:14,} tokens  loss {loss:.3f}".format(run, **ends[run]))
     replace_file(out / "losses.json", json.dumps(ends, indent=1).encode())
-    record = {"stage": "losses", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
-    replace_file(out / "config.json", json.dumps(record, indent=1).encode())
+    write_config(settings, "losses")
     if not can_draw():
         return
     with axes_of(out / "losses.png", "Training loss (Figure 5)", "tokens (millions)", "loss (nats per token)") as axes:
@@ -1025,14 +1046,13 @@ def versions(settings: Versions) -> None:
                 "words": float(ours["words"][h].mean())}
         gains = np.array([seen[run]["helpfulness"][h] - theirs["helpfulness"][h] for run in settings.runs])
         pooled = {"gain": [float(gains.mean()), *interval_of_runs(gains)]}
-        config = {"stage": "versions", "settings": asdict(settings), "base": base, "model": {}, "threads": ranks.threads}
-        replace_file(out / "config.json", json.dumps(config, indent=1).encode())
+        write_config(settings, "versions", base=base)
         replace_file(out / "versions.json", json.dumps({"runs": found, "pooled": pooled}).encode())
         history = []
         for run, figures in found.items():
             made = run_config(run)
             history.append({"run": run, "stage": made["stage"]} | {k: made["settings"].get(k) for k in TOLD} | figures)
-        replace_file(out / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+        write_jsonl(out / "history.jsonl", history)
         print_versions(found, pooled, len(harmless), len(unsafe))
         draw_versions(found, seen, h, s, settings, out)
 
@@ -1063,7 +1083,7 @@ def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judge
     kept = [{"prompt": prompt["prompt"], "kind": prompt["kind"], "attack": prompt.get("attack"), "answer": text}
             | {name: values[i] for name, values in judged.items()} for i, (prompt, text) in enumerate(zip(prompts, texts))]
     if ranks.rank == 0:
-        replace_file(answers_file(settings.out, run), "".join(json.dumps(row) + "\n" for row in kept).encode())
+        write_jsonl(answers_file(settings.out, run), kept)
     return {name: np.array(values, float) for name, values in judged.items()} | {"R_h": r_h, "R_s": r_s} | third
 
 
@@ -1138,27 +1158,6 @@ class Judge(Asking):
     timeout: float = 60.0  # seconds that a request to a URL may take
     retries: int = 6  # tries after one that failed
     wait: float = 1.0  # seconds before the first of them; then twice as many, and so on
-
-
-@contextmanager
-def opened(settings: Asking, stage: str, data: dict[str, str]) -> Iterator[Ranks]:
-    """Join the other ranks and hold --out, as training does. data: fingerprints of what must not change on the way."""
-    ranks = start(settings)
-    with locked(settings.out, ranks):
-        record = open_run(settings, stage, ranks, data=data)
-        if ranks.rank == 0:
-            replace_file(Path(settings.out, "config.json"), json.dumps(record | {"model": {}}, indent=1).encode())
-        yield ranks
-
-
-def write_results(settings, found: dict, stage: str = "") -> None:
-    """OUT/results.json, for the report; with a stage, the config.json beside it too, of an evaluation that has no ranks."""
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / "results.json", json.dumps(found, indent=1).encode())
-    if stage:
-        record = {"stage": stage, "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
-        replace_file(out / "config.json", json.dumps(record, indent=1).encode())
 
 
 SEVEN = ("much better", "better", "slightly better", "about the same")  # §3.4.2: seven labels, mirrored behind the fourth
@@ -1923,7 +1922,8 @@ def corpus(settings: Corpus) -> None:
                 print(f"  {term:20} {'':7}" + "".join(f"{100 * one['terms'][name][term]:15.1f}" for one in found.values()))
     print(f"{'rude words (stand-in)':22} {'0.2':>7}" + "".join(f"{100 * one['toxic']:15.2f}" for one in found.values()))
     print(f"{'documents':22} {'':7}" + "".join(f"{one['documents']:15,}" for one in found.values()))
-    write_results(settings, found, "corpus")
+    write_results(settings, found)
+    write_config(settings, "corpus")
 
 
 # ---------------------------------------------------------------------------------------------- contamination
@@ -2116,7 +2116,8 @@ def contamination(settings: Contamination) -> None:
     helped = [length for length, table in tables.items() if table["helps"]]
     print(f"contamination helps up to L = {max(helped)}" if helped else
           "no L shows that contamination helps (|Z| > 2 in all four subsets)")
-    write_results(settings, {"tables": tables, "tokens": size, "seconds": seconds, "peak_gib": peak}, "contamination")
+    write_results(settings, {"tables": tables, "tokens": size, "seconds": seconds, "peak_gib": peak})
+    write_config(settings, "contamination")
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -2530,52 +2531,14 @@ def read_runs(folder: str) -> tuple[dict[str, Run], Counter]:
         config = read_config(path)
         if config["stage"] in SECTIONS and any(file.stat().st_size for file in path.glob(SECTIONS[config["stage"]].needs)):
             metrics = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-            command = command_of(config["stage"], config["settings"])
+            called, plain = config.get("command", ""), SECTIONS[config["stage"]].command
+            command = called if called.startswith(plain) else plain  # another program of Python's may have called the stage
             runs[path.name] = Run(path, config["stage"], config, config["settings"], metrics, command)
     if not runs:
         raise InputError(f"{folder}: there is no finished run to report on; `bash paper.sh` makes them")
     for line in read_jsonl(stages) if (stages := Path(folder, "stages.jsonl")).exists() else ():
         seconds[line["command"]] += line["seconds"]  # a stage that was stopped has several lines
-    made = set()
-    for command in sorted(seconds, key=lambda command: -command.count(" --")):  # the shorter way to say what made a run
-        fits = [run for name, run in runs.items() if name not in made and may_have_made(command, run)]
-        if fits:
-            run = min(fits, key=lambda run: len(run.command))
-            runs[run.path.name] = run._replace(command=command)
-            made.add(run.path.name)
     return runs, seconds
-
-
-def flag(name: str, value: object) -> str:
-    """A setting as the command line has it, without the dashes; numbers in one form, so that 1e-3 is 0.001."""
-    if isinstance(value, bool):
-        return name if value else f"no-{name}"
-    words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    words = [f"{float(word):g}" if re.fullmatch(r"[\d.]+(e-?\d+)?", word) else word for word in words.split()]
-    return " ".join([name, *words])
-
-
-def may_have_made(command: str, run: Run) -> bool:
-    """Whether a command makes such runs, and all flags that it has are settings of this one."""
-    head, *flags = command.split(" --")
-    stages = [stage for stage, one in SECTIONS.items() if f"{head} ".startswith(f"{one.command} ")]
-    named = {flag(*text.split(" ", 1)) if " " in text else text for text in flags}
-    is_stage = run.stage == max(stages, key=lambda stage: len(SECTIONS[stage].command), default="")
-    return is_stage and named <= {flag(name, value) for name, value in run.settings.items()}
-
-
-def command_of(stage: str, settings: dict) -> str:
-    """A command that makes a run with these settings: those that are not the usual ones, as flags."""
-    command = SECTIONS[stage].command
-    script, _, name = command.partition(" ")
-    module = sys.modules[__name__] if script == "eval.py" else importlib.import_module(script.removesuffix(".py"))
-    cls = module.COMMANDS[name][1] if name else module.Settings
-    usual = cls.BY_PRESET.get(settings.get("preset"), {}) | {f.name: f.default for f in fields(cls) if f.default is not None}
-    told = {key: value for key, value in settings.items()
-            if (key not in FREE or key in ("out", "steps")) and value not in (None, "", [])
-            and flag(key, value) != flag(key, usual.get(key, "toy" if key == "preset" else None))}
-    bare = told.pop(getattr(cls, "POSITIONAL", ""), ())
-    return " --".join([flag(command, bare), *(flag(key, value) for key, value in told.items())])
 
 
 def minus(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:

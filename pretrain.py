@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -1114,14 +1115,17 @@ def claim(out: str | Path, stage: str) -> None:
         raise InputError(f"--out {out}: {there} is no folder that can be written to; take another")
 
 
+CALLED = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])  # before `eval.py` and others take their subcommand off
+
+
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
     """Claim --out: refuse another run's folder, drop what was left unfinished. Returns what config.json will hold.
 
     `more` goes there too; of it, `data` (fingerprints) must not change while the run goes on.
     """
     out = Path(settings.out)
-    record = {"stage": stage, "settings": asdict(settings), **more, "threads": ranks.threads, "world_size": ranks.world_size,
-              "torch": torch.__version__}
+    record = {"stage": stage, "settings": asdict(settings), "command": CALLED, **more, "threads": ranks.threads,
+              "world_size": ranks.world_size, "torch": torch.__version__}
     record = json.loads(json.dumps(record))
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
     if ranks.rank == 0:

@@ -185,6 +185,7 @@ def test_models_stand_side_by_side_with_the_scores_of_both_reward_models_and_in_
                     "--max_new_tokens", "4", "--out", "out/safety")
     assert result.returncode == 0, result.stderr
     out, prompts, found = models / "out/safety", safety_prompts(toy.World(0)), json.loads((models / "out/safety/results.json").read_text())
+    assert json.loads((out / "config.json").read_text())["command"].startswith("eval.py safety sft sft-2 --rewards reward-0 reward-1 --world 0")
     answers = [[row for part in sorted((out / "parts").glob(f"answers-{i}-*.json")) for row in json.loads(part.read_text())] for i in (0, 1)]
     unsafe = np.array([p["part"] == "unsafe" for p in prompts])
     r_s = np.array([row["R_s"] for row in answers[1]])[unsafe]
