@@ -376,7 +376,7 @@ TASKS = {
     "openbookqa": Task(openbookqa, "commonsense", 0, "acc_answer", 58.6),
     "commonsenseqa": Task(commonsenseqa, "commonsense", 7, "acc", 57.8),
     "mmlu": Task(mmlu, "MMLU", 5, "acc", 45.3),
-    "truthfulqa-mc1": Task(truthfulqa_mc1, "truthfulness", 0, "acc", None),  # the paper has a judge instead (Table 14)
+    "truthfulqa-mc1": Task(truthfulqa_mc1, "truthfulness", 0, "acc", None),  # the paper has a judge instead (Tables 11 and 14)
     "truthfulqa-mc2": Task(truthfulqa_mc2, "truthfulness", 0, "mc2", None),
     "triviaqa": Task(triviaqa, "world knowledge", 5, "match", 72.1, 24, ("\n",)),
     "naturalquestions": Task(naturalquestions, "world knowledge", 5, "match", 25.7, 24, ("\n",)),
@@ -1538,10 +1538,10 @@ def gwet_ac(ratings: np.ndarray, categories: Sequence[float], weights: str = "id
 
 @dataclass(frozen=True)
 class Safety(Asking):
-    """Rate answers to every unsafe prompt under every attack, and count false refusals (§4.2 to §4.4; Figures 14 to 19, 33).
+    """Rate answers to every unsafe prompt under every attack, and count false refusals (§4.2 to §4.4).
 
-    Of several models each is compared with the one before it. If they are SFT models of different --safety, their scores
-    against it are drawn: safety data scaling.
+    Figures 14, 15, 17 to 19 and 33. Of several models each is compared with the one before it. If they are SFT models of
+    different --safety, their scores against it are drawn: safety data scaling.
     """
     runs: tuple[str, ...] = ("out/sft",)  # models, the oldest version first: each is compared with the one before it
     previous: str = ""  # the version before the first of them
@@ -2290,6 +2290,52 @@ def rewards_section(run: Run) -> list[str]:
     return parts
 
 
+def curves_section(run: Run) -> list[str]:
+    """The part of the report on best of N: Figures 7 and 8."""
+    found = run.read("curves.json")
+    rows = [[one["run"], one["temperature"], f"{one['median'][0]:.3f}",
+             *(f"{best[0]:.3f}" + (f", {one['truth'][i][0]:.3f}" if "truth" in one else "") for i, best in enumerate(one["max"]))]
+            for one in found]
+    pictures = [run.image(f"temperatures-{i}.png", "reward against N",
+                        f"{html.escape(name)}: the hotter, the steeper (Figure 8), and the sooner the dashed truth turns down:")
+                for i, name in enumerate(run.settings["runs"])]
+    return ["<p>The highest reward rises with N while the median stays: that gap is what fine-tuning on the best can gain. The "
+            "hotter, the more it rises; but the truth (dashed, second number) turns down where the reward model is led astray. "
+            "<span class=note>The paper (≈): highest 0.54 → 0.67 at N ≈ 20, median 0.54.</span></p>",
+            table(["R_c of the best, its truth", "T", "median", *(f"N = {n}" for n in found[0]["n"])], rows),
+            run.image("best-of-n.png", "highest and median reward against N", "The gap should widen with N (Figure 7):"),
+            *pictures]
+
+
+def rlhf_section(run: Run) -> list[str]:
+    """The part of the report on one version by rejection sampling: the survey before and after, samples of the pool."""
+    pool = read_jsonl(run.path / "pool.jsonl")
+    shown = [f"{row['prompt'][-1]['content']} → {row['response']}  (R_c {row['score']:.2f}, V{row['version']})"
+             for row in pool[:8]]
+    return [f"<p>{run.settings['n_samples']} answers to each prompt by {html.escape(run.settings['policy'])} at temperature "
+            f"{run.settings['temperature']}, the {run.settings['select']} of them learned: {len(pool):,} answers.</p>",
+            survey_table(run), "<p>What was learned from:</p>", f"<pre>{html.escape(chr(10).join(shown))}</pre>"]
+
+
+def ppo_section(run: Run) -> list[str]:
+    """The part of the report on one PPO run: the held-out prompts before, at the best evaluation and at the last; ppo.png."""
+    evaluations = [row for row in run.metrics if "held-out/reward" in row]
+    best, last = max(evaluations, key=lambda row: row["held-out/reward"]), run.metrics[-1]
+    names = {"reward": "reward: logit of R_c", "R_s": "safety score R_s", "R_h": "helpfulness score R_h",
+             "true/helpfulness": "true helpfulness, harmless prompts", "true/safety": "true safety, unsafe prompts"}
+    rows = [[text, *(f"{row[f'held-out/{name}']:.3f}" for row in (evaluations[0], best, evaluations[-1]))]
+            for name, text in names.items() if f"held-out/{name}" in best]
+    return [f"<p>From {html.escape(run.settings['init'])}: {last['step']} iterations of {run.settings['batch_size']} prompts in "
+            f"{last['seconds']:.0f} s, β {run.settings['kl_coef']:g}; in the last, {last['kl']:.2f} nats an answer from the "
+            "start. <span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
+            "<p>Scores of the reward models must rise, since they are what is optimised, and prove nothing. The annotators of "
+            "the tiny world were not asked meanwhile: where the truth falls as the reward rises, it is over-optimised.</p>",
+            table(["sampled answers to held-out prompts", "before", f"best reward, iteration {best['step']}", "last"], rows),
+            run.image("ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration",
+                      "The reward should rise while the KL divergence from the start stays small:"),
+            "<p>The same prompts, answered before and after:</p>", *run.samples()]
+
+
 def gatt_section(run: Run) -> list[str]:
     """The part of the report on Ghost Attention: the survey before and after, the attention map (Figure 10)."""
     last = run.metrics[-1]
@@ -2342,52 +2388,6 @@ def versions_section(run: Run) -> list[str]:
             table(["gain in true helpfulness", *first["gain by kind"]], by_kind)]
 
 
-def rlhf_section(run: Run) -> list[str]:
-    """The part of the report on one version by rejection sampling: the survey before and after, samples of the pool."""
-    pool = read_jsonl(run.path / "pool.jsonl")
-    shown = [f"{row['prompt'][-1]['content']} → {row['response']}  (R_c {row['score']:.2f}, V{row['version']})"
-             for row in pool[:8]]
-    return [f"<p>{run.settings['n_samples']} answers to each prompt by {html.escape(run.settings['policy'])} at temperature "
-            f"{run.settings['temperature']}, the {run.settings['select']} of them learned: {len(pool):,} answers.</p>",
-            survey_table(run), "<p>What was learned from:</p>", f"<pre>{html.escape(chr(10).join(shown))}</pre>"]
-
-
-def curves_section(run: Run) -> list[str]:
-    """The part of the report on best of N: Figures 7 and 8."""
-    found = run.read("curves.json")
-    rows = [[one["run"], one["temperature"], f"{one['median'][0]:.3f}",
-             *(f"{best[0]:.3f}" + (f", {one['truth'][i][0]:.3f}" if "truth" in one else "") for i, best in enumerate(one["max"]))]
-            for one in found]
-    pictures = [run.image(f"temperatures-{i}.png", "reward against N",
-                        f"{html.escape(name)}: the hotter, the steeper (Figure 8), and the sooner the dashed truth turns down:")
-                for i, name in enumerate(run.settings["runs"])]
-    return ["<p>The highest reward rises with N while the median stays: that gap is what fine-tuning on the best can gain. The "
-            "hotter, the more it rises; but the truth (dashed, second number) turns down where the reward model is led astray. "
-            "<span class=note>The paper (≈): highest 0.54 → 0.67 at N ≈ 20, median 0.54.</span></p>",
-            table(["R_c of the best, its truth", "T", "median", *(f"N = {n}" for n in found[0]["n"])], rows),
-            run.image("best-of-n.png", "highest and median reward against N", "The gap should widen with N (Figure 7):"),
-            *pictures]
-
-
-def ppo_section(run: Run) -> list[str]:
-    """The part of the report on one PPO run: the held-out prompts before, at the best evaluation and at the last; ppo.png."""
-    evaluations = [row for row in run.metrics if "held-out/reward" in row]
-    best, last = max(evaluations, key=lambda row: row["held-out/reward"]), run.metrics[-1]
-    names = {"reward": "reward: logit of R_c", "R_s": "safety score R_s", "R_h": "helpfulness score R_h",
-             "true/helpfulness": "true helpfulness, harmless prompts", "true/safety": "true safety, unsafe prompts"}
-    rows = [[text, *(f"{row[f'held-out/{name}']:.3f}" for row in (evaluations[0], best, evaluations[-1]))]
-            for name, text in names.items() if f"held-out/{name}" in best]
-    return [f"<p>From {html.escape(run.settings['init'])}: {last['step']} iterations of {run.settings['batch_size']} prompts in "
-            f"{last['seconds']:.0f} s, β {run.settings['kl_coef']:g}; in the last, {last['kl']:.2f} nats an answer from the "
-            "start. <span class=note>The paper: 200 to 400 iterations of 512 prompts, β 0.01 (7B, 13B) or 0.005.</span></p>",
-            "<p>Scores of the reward models must rise, since they are what is optimised, and prove nothing. The annotators of "
-            "the tiny world were not asked meanwhile: where the truth falls as the reward rises, it is over-optimised.</p>",
-            table(["sampled answers to held-out prompts", "before", f"best reward, iteration {best['step']}", "last"], rows),
-            run.image("ppo.png", "reward, scores, KL, entropy, clipping and length of each iteration",
-                      "The reward should rise while the KL divergence from the start stays small:"),
-            "<p>The same prompts, answered before and after:</p>", *run.samples()]
-
-
 def judge_section(run: Run) -> list[str]:
     """The part of the report on one comparison of two models: wins, ties and losses by group (Figures 11, 12, 30, 31)."""
     parts = ["<p>The win rate is win / (win + loss), with a 95 % interval over prompts. A later version should pass 50 % "
@@ -2399,6 +2399,37 @@ def judge_section(run: Run) -> list[str]:
         parts += [table([f"in %, judged by {name}", "prompts", "win", "tie", "loss", "win rate", "unparsable"], rows),
                   f"<p class=note>{win_note(found).capitalize()}.</p>"]
     return parts
+
+
+def corpus_section(run: Run) -> list[str]:
+    """The part of the report on a corpus: Table 9, and toxic words in place of Figure 13."""
+    found = run.read("results.json")
+    rows = [[name, *percent([one["shares"][name] for one in found.values()]), paper] for name, paper in TABLE_9.items()]
+    rows.append(["rude words, a stand-in", *percent([one["toxic"] for one in found.values()]), "≈0.2"])
+    return ["<p>Pronouns are counted among documents with one of their group, identity terms among all. Toxicity is a list of "
+            "rude words here, a stand-in for the paper's classifier.</p>", table(["% of documents", *found, "the paper"], rows)]
+
+
+def distill_section(run: Run) -> list[str]:
+    """The part of the report on context distillation: Figure 16, samples, the survey before and after."""
+    found = run.read("distill.json")
+    signed = lambda value: ranged(value, "{:+.3f}") if value else "-"  # noqa: E731
+    rows = read_jsonl(run.path / "distilled.jsonl")
+    shown = [f"{row['prompt'][-1]['content']} → {row['plain']}  ({row['plain_score']:.2f})\n    {row['preprompt']} → "
+             f"{row['answer']}  ({row['score']:.2f}{', learned' * row['kept']})" for row in rows[:6]]
+    return [f"<p>{found['prompts']:,} unsafe prompts answered by {html.escape(run.settings['policy'])} plainly and under safety "
+            f"preprompts, the better answers learned without them; gate {'on' if run.settings['gate'] else 'off'}.</p>",
+            table(["preprompt", "median safety score", "gain over the plain answer", "learned, %", "the paper (≈, Figure 16a)"],
+                  [[kind, ranged(median), signed(found["gain"].get(kind)), *percent([found["kept"].get(kind)]), paper]
+                   for (kind, median), paper in zip(found["medians"].items(), (0.75, 0.82, 0.87))]),
+            run.image("scores.png", "safety scores by preprompt", "Under a preprompt scores should lie to the right:"),
+            table(["score of the plain answer, fifths", "answers", "higher, %", "change without the gate", "with the gate"],
+                  [[f"{row['plain']:.3f}", row["n"], *percent([row["passes"]]), signed(row["without"]), signed(row["with"])]
+                   for row in found["fifths"]]),
+            run.image("gate.png", "change of the score by the plain score",
+                      "Where the plain answer scored low a preprompt should help most; a high score it can spoil, and that is "
+                      "what the gate is for (Figure 16b):"),
+            f"<pre>{html.escape(chr(10).join(shown))}</pre>", survey_table(run)]
 
 
 def safety_section(run: Run) -> list[str]:
@@ -2430,28 +2461,6 @@ def safety_section(run: Run) -> list[str]:
     return parts + [run.image(f"{name}.png", name, look) for name, look in (looks | before_after).items()]
 
 
-def distill_section(run: Run) -> list[str]:
-    """The part of the report on context distillation: Figure 16, samples, the survey before and after."""
-    found = run.read("distill.json")
-    signed = lambda value: ranged(value, "{:+.3f}") if value else "-"  # noqa: E731
-    rows = read_jsonl(run.path / "distilled.jsonl")
-    shown = [f"{row['prompt'][-1]['content']} → {row['plain']}  ({row['plain_score']:.2f})\n    {row['preprompt']} → "
-             f"{row['answer']}  ({row['score']:.2f}{', learned' * row['kept']})" for row in rows[:6]]
-    return [f"<p>{found['prompts']:,} unsafe prompts answered by {html.escape(run.settings['policy'])} plainly and under safety "
-            f"preprompts, the better answers learned without them; gate {'on' if run.settings['gate'] else 'off'}.</p>",
-            table(["preprompt", "median safety score", "gain over the plain answer", "learned, %", "the paper (≈, Figure 16a)"],
-                  [[kind, ranged(median), signed(found["gain"].get(kind)), *percent([found["kept"].get(kind)]), paper]
-                   for (kind, median), paper in zip(found["medians"].items(), (0.75, 0.82, 0.87))]),
-            run.image("scores.png", "safety scores by preprompt", "Under a preprompt scores should lie to the right:"),
-            table(["score of the plain answer, fifths", "answers", "higher, %", "change without the gate", "with the gate"],
-                  [[f"{row['plain']:.3f}", row["n"], *percent([row["passes"]]), signed(row["without"]), signed(row["with"])]
-                   for row in found["fifths"]]),
-            run.image("gate.png", "change of the score by the plain score",
-                      "Where the plain answer scored low a preprompt should help most; a high score it can spoil, and that is "
-                      "what the gate is for (Figure 16b):"),
-            f"<pre>{html.escape(chr(10).join(shown))}</pre>", survey_table(run)]
-
-
 def diversity_section(run: Run) -> list[str]:
     """The part of the report on Self-BLEU against temperature (Figure 21)."""
     rows = [[f"{model}, {kind}", *(f"{100 * mean:.1f} ± {100 * sd:.1f}" for _, mean, sd in points)]
@@ -2460,15 +2469,6 @@ def diversity_section(run: Run) -> list[str]:
             "creative ones less so. The paper at 1.4: factual 77 (SFT) to 93 (V3), creative 75.5 to 85.</p>",
             table(["in %, at temperature", *run.settings["temperatures"]], rows),
             run.image("diversity.png", "Self-BLEU", "All lines should fall; after RLHF the factual one should fall less:")]
-
-
-def corpus_section(run: Run) -> list[str]:
-    """The part of the report on a corpus: Table 9, and toxic words in place of Figure 13."""
-    found = run.read("results.json")
-    rows = [[name, *percent([one["shares"][name] for one in found.values()]), paper] for name, paper in TABLE_9.items()]
-    rows.append(["rude words, a stand-in", *percent([one["toxic"] for one in found.values()]), "≈0.2"])
-    return ["<p>Pronouns are counted among documents with one of their group, identity terms among all. Toxicity is a list of "
-            "rude words here, a stand-in for the paper's classifier.</p>", table(["% of documents", *found, "the paper"], rows)]
 
 
 def contamination_section(run: Run) -> list[str]:
@@ -2510,17 +2510,17 @@ SECTIONS = {  # in the paper's order
                     "no 70B samples for it, and it starts from the chat model, not again from the base model", "metrics.jsonl"),
     "ppo": Section("PPO (§3.2.3, eq. 3 and 4)", "rlhf.py ppo", ppo_section,
                    "fewer iterations, a larger β; critic, γ and λ are our choice", "metrics.jsonl"),
-    "distill": Section("Safety context distillation (§4.2.4)", "rlhf.py distill", distill_section,
-                       "preprompts in the words of the tiny world", "metrics.jsonl"),
     "gatt": Section("Ghost Attention (§3.3)", "gatt.py", gatt_section, "personas, hobbies and styles", "metrics.jsonl"),
     "gatt-test": Section("How long an instruction holds (Table 30)", "gatt.py test", gatt_test_section, "rules judge it"),
     "versions": Section("The versions side by side (§3.4.1, Figure 11)", "eval.py versions", versions_section,
                         "the rival is our own chat model, not ChatGPT; the truth judges, not GPT-4", "versions.json"),
     "judge": Section("Win, tie, loss (§3.4)", "eval.py judge", judge_section, "no panel of people"),
+    "corpus": Section("The corpus (§4.1, Table 9)", "eval.py corpus", corpus_section, "a list of rude words for a classifier"),
+    "distill": Section("Safety context distillation (§4.2.4)", "rlhf.py distill", distill_section,
+                       "preprompts in the words of the tiny world", "metrics.jsonl"),
     "safety": Section("Safety (§4.3, §4.4)", "eval.py safety", safety_section, "noisy rules rate, and templates attack"),
     "diversity": Section("Self-BLEU against temperature (§5.1, Figure 21)", "eval.py diversity", diversity_section,
                          "what can be said of a small world is alike to begin with"),
-    "corpus": Section("The corpus (§4.1, Table 9)", "eval.py corpus", corpus_section, "a list of rude words for a classifier"),
     "contamination": Section("Contamination (A.6)", "eval.py contamination", contamination_section, "one machine")}
 
 
