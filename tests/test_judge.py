@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -94,11 +95,11 @@ def test_a_swapped_judge_gives_the_mirrored_verdict(models):
         texts = toy.answer(world, prompt, rng), toy.bad_answer(world, prompt, rng)
         asked.append(question(number, 0, *texts, prompt))
     both = asked + [swapped(one) for one in asked]
-    for verdict_of in (judge_by_truth(world, "helpfulness"), judge_by_truth(world, "safety"),
+    for verdict_of in (partial(judge_by_truth, world, "helpfulness"), partial(judge_by_truth, world, "safety"),
                        judge_by_reward(str(models / "reward"), both, [], torch.device("cpu"))):
         found = [verdict_of(one)[0] for one in asked]
         assert [verdict_of(swapped(one))[0] for one in asked] == [-verdict for verdict in found]
-    good = [judge_by_truth(world, "helpfulness")(one)[0] for one in asked]
+    good = [judge_by_truth(world, "helpfulness", one)[0] for one in asked]
     assert good.count(1) > 30 and good.count(-1) <= 6  # bad answers are truly the worse ones
 
 
@@ -214,7 +215,7 @@ def key(monkeypatch):
 
 def ask(server, asked, file, parallel=2, **more):
     settings, stopped = Judge(judge=server.url, judge_model="m", **({"wait": 0.01, "timeout": 5.0} | more)), threading.Event()
-    return verdicts(asked, judge_by_url(settings, stopped), file, parallel, stopped)
+    return verdicts(asked, partial(judge_by_url, settings, stopped), file, parallel, stopped)
 
 
 ASKED = [question(n, n % 2, "short", "a longer answer") for n in range(6)]
