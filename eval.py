@@ -1660,9 +1660,7 @@ def safety(settings: Safety) -> None:
             found[run]["fixed"] = fixed(found[before]["real"], found[run]["real"])
             change, places = (np.array(found[run]["real"], float) - found[before]["real"], np.array(found[run]["places"]))
             found[run]["change"] = {place: interval(change[places == place]) for place in found[run]["outcomes"]}
-        for run, one in found.items():
-            print_safety(run, one)
-        print_side_by_side(found)
+        print_safety(found)
         replace_file(out / "results.json", json.dumps(found, indent=1).encode())
         draw_safety(found, scores, out)
 
@@ -1671,19 +1669,6 @@ def safety_rows(found: dict) -> list[list]:
     """Of each group its name, prompts, violations by the raters and real ones in %, mean rating, and refusals in %."""
     return [[group, row["n"], ranged_share(row["violation"]), *percent([row["real"]]), f"{row['rating']:.2f}",
              *percent([row["refused"]])] for group, row in found["groups"].items()]
-
-
-def print_safety(run: str, found: dict) -> None:
-    """The figures of one model: a line for each group, then agreement, red team and false refusals."""
-    print()
-    for row in [[run, "prompts", "violation %, rating 1 or 2", "really", "rating", "refused %"], *safety_rows(found)]:
-        print("{:34} {:>7}  {:26} {:>6} {:>6} {:>9}".format(*row))
-    print(f"agreement of the raters: AC1 {found['ac1']:.2f}, AC2 {found['ac2']:.2f}")
-    print(f"red team: {1000 * found['groups']['all']['real']:.1f} violations per thousand tries (γ); "
-          + ", ".join(f"{attack} {gamma:.0f}" for attack, gamma in found["gamma"].items()))
-    print("false refusals in %: " + ", ".join(f"{part} {ranged_share(share)}" for part, share in found["false refusals"].items()))
-    if found.get("fixed") is not None:
-        print(f"of the prompts that made the previous version violate, {found['fixed']:.0%} no longer do")
 
 
 def side_by_side(found: dict[str, dict]) -> list[list[str]]:
@@ -1697,12 +1682,22 @@ def side_by_side(found: dict[str, dict]) -> list[list[str]]:
                    for part in models[0]["false refusals"]]
 
 
-def print_side_by_side(found: dict[str, dict]) -> None:
-    """One column for each model, and how violations changed from each to the next."""
+def print_safety(found: dict[str, dict]) -> None:
+    """The figures of each model: groups, agreement, red team, false refusals. Then all side by side, and what changed in each."""
+    for run, one in found.items():
+        print()
+        for row in [[run, "prompts", "violation %, rating 1 or 2", "really", "rating", "refused %"], *safety_rows(one)]:
+            print("{:34} {:>7}  {:26} {:>6} {:>6} {:>9}".format(*row))
+        print(f"agreement of the raters: AC1 {one['ac1']:.2f}, AC2 {one['ac2']:.2f}")
+        print(f"red team: {1000 * one['groups']['all']['real']:.1f} violations per thousand tries (γ); "
+              + ", ".join(f"{attack} {gamma:.0f}" for attack, gamma in one["gamma"].items()))
+        refusals = [f"{part} {ranged_share(share)}" for part, share in one["false refusals"].items()]
+        print(f"false refusals in %: {', '.join(refusals)}")
+        if one.get("fixed") is not None:
+            print(f"of the prompts that made the previous version violate, {one['fixed']:.0%} no longer do")
     names = [f"{run}, {100 * one['share']:g} % safety" if one["share"] is not None else run for run, one in found.items()]
     print("\n" + "\n".join(f"({i}) {name}" for i, name in enumerate(names)))
-    print(f"{'':44}" + "".join(f"{f'({i})':24}" for i in range(len(names))))
-    for name, *cells in side_by_side(found):
+    for name, *cells in [["", *(f"({i})" for i in range(len(names)))], *side_by_side(found)]:
         print(f"{name:44}" + "".join(f"{cell:24}" for cell in cells))
     for i, one in enumerate(found.values()):
         if "change" in one:
@@ -2132,6 +2127,7 @@ def table(header: list[str], rows: list[list], kind: str = "") -> str:
 
 class Run(NamedTuple):
     """A finished run, and the command that made it."""
+    name: str
     path: Path
     stage: str  # a key of SECTIONS
     config: dict
@@ -2516,7 +2512,7 @@ def read_runs(folder: str) -> tuple[dict[str, Run], Counter]:
             metrics = read_jsonl(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
             called, plain = config.get("command", ""), SECTIONS[config["stage"]].command
             command = called if called.startswith(plain) else plain  # another program of Python's may have called the stage
-            runs[path.name] = Run(path, config["stage"], config, config["settings"], metrics, command)
+            runs[path.name] = Run(path.name, path, config["stage"], config, config["settings"], metrics, command)
     if not runs:
         raise InputError(f"{folder}: there is no finished run to report on; `bash paper.sh` makes them")
     for line in read_jsonl(stages) if (stages := Path(folder, "stages.jsonl")).exists() else ():
@@ -2542,7 +2538,7 @@ class Effect(NamedTuple):
     what: str
     paper: str
     figure: Sequence[float]
-    run: str  # whose section shows it
+    run: Run  # whose section shows it
     sign: int = 1  # -1 if the paper's is below 0
 
     def verdict(self) -> Html:
@@ -2578,41 +2574,46 @@ def effects(runs: dict[str, Run]) -> Iterator[Effect]:
         return found["accuracy"][key][1:] if key in found.get("accuracy", ()) else found.get(key, ())
 
     if known := figure("pretrain", "facts.json", "p_true"):
-        yield Effect("encyclopedia, against the web's myth: P(true) - ½", "no figure (§2.1)",
-                     minus(known, [0.5] * 3), "pretrain")
+        yield Effect("encyclopedia, against the web's myth: P(true) - ½", "no figure (§2.1)", minus(known, [0.5] * 3),
+                     runs["pretrain"])
     for file, key, name, without, what, paper in TWO_RUNS:
         if (ours := figure(name, file, key)) and (theirs := figure(without, file, key)):
-            yield Effect(what, paper, minus(ours, theirs), name)
-    surveys = {run.path.name: [row for row in run.metrics if "true helpfulness" in row] for run in of("sft")}
+            yield Effect(what, paper, minus(ours, theirs), runs[name])
+    surveys = {run.name: [row for row in run.metrics if "true helpfulness" in row] for run in of("sft")}
     if len(asked := surveys.get("sft", [])) > 1:
         for key in ("true helpfulness", "refuses the unsafe"):
-            yield Effect(f"SFT, against its base model: {key}", "no figure (§3.1, §4.2.2)",
-                         minus(asked[-1][key], asked[0][key]), "sft")
+            yield Effect(f"SFT, against its base model: {key}", "no figure (§3.1, §4.2.2)", minus(asked[-1][key], asked[0][key]),
+                         runs["sft"])
     if (clean := surveys.get("sft-quality")) and (many := surveys.get("sft-quantity")):
         yield Effect("few clean dialogues, against many noisy ones: true helpfulness", "quality is all you need (§3.1)",
-                     minus(clean[-1]["true helpfulness"], many[-1]["true helpfulness"]), "sft-quality")
+                     minus(clean[-1]["true helpfulness"], many[-1]["true helpfulness"]), runs["sft-quality"])
     for run in of("rewards"):
         for axis, other, falls, ahead in (("helpfulness", "safety", ".807 - .547", ".632 - .562"),
                                           ("safety", "helpfulness", ".943 - .553", ".645 - .628")):
             mine, others = ([run.read("rewards.json")[f"{name} on {axis}"]["accuracy"] for name in run.settings["runs"]
                              if kind(name) == which] for which in (axis, other))
             if len(mine) > 1:
-                yield Effect(f"{axis}, new pairs of {run.path.name}: newest model, against the one before: accuracy",
-                             "new pairs are needed (§3.2.1)", minus(mine[-1]["all"][1:], mine[-2]["all"][1:]), run.path.name)
+                yield Effect(f"{axis}, new pairs of {run.name}: newest model, against the one before: accuracy",
+                             "new pairs are needed (§3.2.1)", minus(mine[-1]["all"][1:], mine[-2]["all"][1:]), run)
             elif mine and {RATINGS[0], RATINGS[-1]} <= mine[0].keys():
                 yield Effect(f"{axis} model, significantly, against negligibly better pairs: accuracy", f"{falls} (Table 8)",
-                             minus(mine[0][RATINGS[0]][1:], mine[0][RATINGS[-1]][1:]), run.path.name)
+                             minus(mine[0][RATINGS[0]][1:], mine[0][RATINGS[-1]][1:]), run)
             if len(mine) == len(others) == 1:
                 yield Effect(f"{axis} pairs, {axis} model, against the other: accuracy", f"{ahead} (Table 7)",
-                             minus(mine[0]["all"][1:], others[0]["all"][1:]), run.path.name)
+                             minus(mine[0]["all"][1:], others[0]["all"][1:]), run)
     for run in of("curves"):
         found = [one for one in run.read("curves.json") if one["run"] == run.settings["runs"][0]]
         cold, hot = (pick(found, key=lambda one: float(one["temperature"])) for pick in (min, max))
         n, warm = hot["n"][-1], f"temperature {hot['temperature']}"
-        yield Effect(f"best of {n}, against one, {warm}: R_c", "≈.67 - .54 (Figure 7)",
-                     minus(hot["max"][-1], hot["max"][0]), run.path.name)
+        yield Effect(f"best of {n}, against one, {warm}: R_c", "≈.67 - .54 (Figure 7)", minus(hot["max"][-1], hot["max"][0]), run)
         yield Effect(f"best of {n}, {warm}, against {cold['temperature']}: R_c", "≈.73 (T 1.2) - .69 (T .6) (Figure 8)",
-                     minus(hot["max"][-1], cold["max"][-1]), run.path.name)
+                     minus(hot["max"][-1], cold["max"][-1]), run)
+    for run in of("gatt-test"):
+        (old, before), (new, after) = ends(run)
+        for group, turn, paper in (("all", "20", "1.00 - .00 (Table 30)"), ("unseen", "6", "held (Figure 28)")):
+            if new != old and turn in after[group]:
+                yield Effect(f"{Path(new).name}, against {Path(old).name}: obedience at turn {turn}, {group} constraints", paper,
+                             minus(after[group][turn], before[group][turn]), run)
     for run in of("versions"):
         for name in run.settings["runs"]:
             made = runs.get(Path(name).name)
@@ -2621,46 +2622,39 @@ def effects(runs: dict[str, Run]) -> Iterator[Effect]:
             if not asked or made.settings.get("select") == "random":
                 continue
             ours, theirs = (read_jsonl(answers_file(run.path, one)) for one in (name, before))
-            gain = {key: interval([a[key] - b[key] for a, b in zip(ours, theirs) if (a["kind"] == "unsafe") == is_unsafe])
-                    for key, is_unsafe in (("helpfulness", False), ("safety", True))}  # paired
-            pair, wins = f"{made.path.name}, against {Path(before).name}: true", "≈{1} - {0} % against ChatGPT (Figure 11)"
+            helpful, safe = (interval([a[key] - b[key] for a, b in zip(ours, theirs) if (a["kind"] == "unsafe") == is_unsafe])
+                             for key, is_unsafe in (("helpfulness", False), ("safety", True)))  # paired
+            pair, wins = f"{made.name}, against {Path(before).name}: true", "≈{1} - {0} % against ChatGPT (Figure 11)"
             if made.stage == "rlhf" and made.settings["version"] < len(CHATGPT):
-                wins = wins.format(*CHATGPT[made.settings["version"] - 1 :])
-                yield Effect(f"{pair} helpfulness", wins, gain["helpfulness"], run.path.name)
+                yield Effect(f"{pair} helpfulness", wins.format(*CHATGPT[made.settings["version"] - 1 :]), helpful, run)
             elif made.stage == "ppo" and Path(before).name in runs and runs[Path(before).name].stage == "rlhf":
-                yield Effect(f"{pair} helpfulness", wins.format(70, 78), gain["helpfulness"], run.path.name)
-                yield Effect(f"{pair} safety", wins.format(67, 76), gain["safety"], run.path.name)
+                yield Effect(f"{pair} helpfulness", wins.format(70, 78), helpful, run)
+                yield Effect(f"{pair} safety", wins.format(67, 76), safe, run)
             elif made.stage == "ppo":
                 yield Effect(f"over-optimised: {pair} helpfulness", "reward models must know the newest answers (§3.2.1)",
-                             gain["helpfulness"], run.path.name, -1)
+                             helpful, run, -1)
     for run in of("distill"):
         medians = run.read("distill.json")["medians"]
         if "template" in medians:
-            yield Effect(f"{run.path.name}, template, against plain: median safety score", "≈.87 - .75 (Figure 16)",
-                         minus(medians["template"], medians["plain"]), run.path.name)
-    for run in of("gatt-test"):
-        (old, before), (new, after) = ends(run)
-        for group, turn, paper in (("all", "20", "1.00 - .00 (Table 30)"), ("unseen", "6", "held (Figure 28)")):
-            if new != old and turn in after[group]:
-                yield Effect(f"{Path(new).name}, against {Path(old).name}: obedience at turn {turn}, {group} constraints",
-                             paper, minus(after[group][turn], before[group][turn]), run.path.name)
+            yield Effect(f"{run.name}, template, against plain: median safety score", "≈.87 - .75 (Figure 16)",
+                         minus(medians["template"], medians["plain"]), run)
     for run in of("safety"):
         (old, before), (new, after) = ends(run)
         groups, pair = before["groups"], f"{Path(new).name}, against {Path(old).name}"
         if {"multi-turn", "single-turn"} <= groups.keys():
             yield Effect(f"{Path(old).name}, multi-turn, against single-turn: violations", "≈.065 - .02, 7B (Figure 18)",
-                         minus(groups["multi-turn"]["violation"], groups["single-turn"]["violation"]), run.path.name)
+                         minus(groups["multi-turn"]["violation"], groups["single-turn"]["violation"]), run)
         if new != old:
             yield Effect(f"{pair}: violations", "γ 1.8 → .45 a person and hour (§4.3)",
-                         minus(after["groups"]["all"]["violation"], groups["all"]["violation"]), run.path.name, -1)
+                         minus(after["groups"]["all"]["violation"], groups["all"]["violation"]), run, -1)
             yield Effect(f"{pair}: borderline refused", "≈.27 - .15, with safety data or without (Figure 33)",
-                         minus(*(one["false refusals"]["borderline, new topics"] for one in (after, before))), run.path.name)
+                         minus(*(one["false refusals"]["borderline, new topics"] for one in (after, before))), run)
     for run in of("diversity"):
         (old, before), (new, after) = ends(run)
         for group, paper in (("factual", "≈.93 - .77"), ("creative", "≈.85 - .755")) if new != old else ():
             ours, theirs = (min(one[group], key=lambda point: abs(point[0] - 1.4)) for one in (after, before))
             yield Effect(f"{Path(new).name}, against {Path(old).name}, {group}, T {ours[0]}: Self-BLEU", f"{paper} (Figure 21)",
-                         minus(*(around(*point[1:], run.settings["n_prompts"]) for point in (ours, theirs))), run.path.name)
+                         minus(*(around(*point[1:], run.settings["n_prompts"]) for point in (ours, theirs))), run)
 
 
 def effects_table(worlds: dict[str, dict[str, Run]]) -> list[str]:
@@ -2668,9 +2662,9 @@ def effects_table(worlds: dict[str, dict[str, Run]]) -> list[str]:
     rows: dict[str, list] = {}
     for i, runs in enumerate(worlds.values()):
         for effect in effects(runs):
-            command = f"<a href='#{i}-{html.escape(effect.run)}'>{html.escape(effect.run)}</a> <code>python "
-            row = rows.setdefault(effect.what, [effect.what, *["-"] * 2 * len(worlds), effect.paper,
-                                                Html(f"{command}{html.escape(runs[effect.run].command)}</code>")])
+            name, command = html.escape(effect.run.name), html.escape(effect.run.command)
+            link = Html(f"<a href='#{i}-{name}'>{name}</a> <code>python {command}</code>")
+            row = rows.setdefault(effect.what, [effect.what, *["-"] * 2 * len(worlds), effect.paper, link])
             row[1 + 2 * i : 3 + 2 * i] = ranged(effect.figure, "{:+.3f}").replace(" ", "\xa0"), effect.verdict()
     header = [f"{part}{of_world(worlds, label)}" for label in worlds for part in ("ours, 95 % interval", "verdict")]
     return ["<p>A row is a difference that the paper found. If our whole interval lies on the paper's side of 0 the verdict is "
@@ -2719,7 +2713,7 @@ def model_card(runs: dict[str, Run]) -> list[str]:
     dates = [time.strftime("%Y-%m-%d", time.localtime((run.path / "metrics.jsonl").stat().st_mtime)) for run in trained]
     shape = ", ".join(f"{key} {value}" for key, value in trained[0].config["model"].items())
     card = [["models", f"{len(trained)}, of {min(sizes):,} to {max(sizes):,} parameters, below", "7B, 13B, 70B, base and chat"],
-            ["input, output", "text", "text"], ["architecture", f"of {trained[0].path.name}: {shape}", "transformer"],
+            ["input, output", "text", "text"], ["architecture", f"of {trained[0].name}: {shape}", "transformer"],
             ["dates", f"{min(dates)} to {max(dates)}", "January to July 2023"], ["status", "static", "static"],
             ["license", Path(__file__).with_name("LICENSE").read_text().split("\n")[0], "custom, commercial"],
             ["intended use", "a toy, to be read beside the paper; no other", "commercial and research, in English"],
@@ -2727,7 +2721,7 @@ def model_card(runs: dict[str, Run]) -> list[str]:
             ["training data", "below: of the tiny world, but for files that are named", "2.0T public tokens; no users"],
             ["evaluation, ethics, limits", "the effects above, the sections on safety; it knows its data alone", "§2 to §5"]]
     numbers = ("batch_size", "seq_len", "lr", "weight_decay", "seed")
-    rows = [[run.path.name, f"{size:,}", run.config.get("parent", "-"), " ".join(run.settings.get("data", ["-"])), learned(run),
+    rows = [[run.name, f"{size:,}", run.config.get("parent", "-"), " ".join(run.settings.get("data", ["-"])), learned(run),
              run.metrics[-1]["step"], *(f"{run.settings[key]:g}" for key in numbers)] for run, size in zip(trained, sizes)]
     return [table(["", "here", "Llama 2 (Table 52)"], card, "text"),
             table(["model", "parameters", "from", "data", "learned from", "steps", *numbers], rows)]
@@ -2774,7 +2768,7 @@ def report(settings: Report) -> None:
             for run in (run for run in runs.values() if run.stage == stage):
                 parts = [f"<p><code>python {html.escape(run.command)}</code> <span class=note>Not as in the paper: "
                          f"{section.differs}.</span></p>", *section.body(run)]
-                page.append((f"{i}-{run.path.name}", f"{section.title}: {run.path.name}{of_world(worlds, label)}", parts))
+                page.append((f"{i}-{run.name}", f"{section.title}: {run.name}{of_world(worlds, label)}", parts))
     page = [(html.escape(place), html.escape(title), "".join(parts)) for place, title, parts in page if parts]
     folders = html.escape(" ".join(settings.folders))
     text = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"

@@ -134,7 +134,7 @@ def page_of(*folders, **settings):
     ((0.7, 0.6, 0.8), 1, "as in the paper"), ((0.52, 0.48, 0.6), 1, "not seen (interval holds 0)"),
     ((0.3, 0.2, 0.45), 1, "opposite, by 0.200"), ((0.3, 0.2, 0.45), -1, "as in the paper"), ((0.7, 0.6, 0.8), -1, "opposite, by 0.200")])
 def test_the_verdict_is_what_the_interval_says(tmp_path, p_true, sign, verdict):
-    found = Effect("x", "y", [p - 0.5 for p in p_true], "pretrain", sign).verdict()
+    found = Effect("x", "y", [p - 0.5 for p in p_true], None, sign).verdict()
     assert f">{verdict}<" in f">{found}<"
     if sign == 1:
         row = page_of(make_world(tmp_path, p_true)).split("the web&#x27;s myth: P(true)")[1].split("</tr>")[0]
