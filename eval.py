@@ -661,8 +661,13 @@ def jail() -> None:
     print(verdict)
 
 
+class Flags:
+    """What an evaluation can be told. No flag of it depends on the preset of a model."""
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Flags):
     """What every evaluation can be told that runs on several ranks. Each of them holds a whole model."""
     out: str = ""  # folder of the results; started again, it goes on where it stopped
     seed: int = 0  # seed of prompts, orders and samples
@@ -671,24 +676,23 @@ class Evaluation:
     replicas: int = 1  # not used here: every rank holds a whole model
     resume: bool = True  # go on where the run in --out stopped
 
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-
 
 @contextmanager
-def opened(settings: Evaluation, stage: str, data: dict[str, str], model: dict = {}) -> Iterator[Ranks]:
+def opened(settings: Evaluation, stage: str, data: dict[str, str], model: ModelConfig | None = None) -> Iterator[Ranks]:
     """Join the other ranks and hold --out, as training does; an evaluation that was stopped goes on.
 
-    data: fingerprints of what must not change on the way. model: the shape of the one that is evaluated.
+    data: fingerprints of what must not change on the way. model: the shape of the only one that is evaluated.
     """
     ranks = start(settings)
     with locked(settings.out, ranks):
         record = open_run(settings, stage, ranks, data=data)
         if ranks.rank == 0:
-            replace_file(Path(settings.out, "config.json"), json.dumps(record | {"model": model}, indent=1).encode())
+            record |= {"model": asdict(model) if model else {}}
+            replace_file(Path(settings.out, "config.json"), json.dumps(record, indent=1).encode())
         yield ranks
 
 
-def write_config(settings, stage: str, **more) -> None:
+def write_config(settings: Flags, stage: str, **more: str) -> None:
     """OUT/config.json of an evaluation that begins anew each time."""
     Path(settings.out).mkdir(parents=True, exist_ok=True)
     record = {"stage": stage, "settings": asdict(settings), "command": CALLED, **more, "model": {},
@@ -751,14 +755,13 @@ def load_items(name: str, file: str, settings: Tasks) -> list[Item]:
 def tasks(settings: Tasks) -> None:
     """Score the model, print a table, and write OUT/NAME.jsonl, a line for each question, and OUT/tasks.json."""
     out = Path(settings.out or f"out/tasks-{Path(settings.run).name}")
-    if settings.temperature is None:
-        settings = replace(settings, temperature=0.1 if settings.samples == 1 else 0.8)
-    settings = replace(settings, out=str(out))
+    usual = 0.1 if settings.samples == 1 else 0.8
+    settings = replace(settings, out=str(out), temperature=usual if settings.temperature is None else settings.temperature)
     wanted = {name: load_items(name, file, settings) for name, file in named_files(settings.task, "--task").items()}
     if any(items[0].program != ("", "") for items in wanted.values()):
         run_code("", settings.seconds, settings.unsafe_exec)  # refuse before the work, not after it
     parent = parent_of(settings.run)
-    with opened(replace(settings, **PER_CALL), "tasks", {"model": parent.fingerprint}, asdict(parent.config)) as ranks:
+    with opened(replace(settings, **PER_CALL), "tasks", {"model": parent.fingerprint}, parent.config) as ranks:
         speaker = load_speakers([settings.run], ranks)[0]
         model, tokenizer = speaker.model, speaker.tokenizer
         old = out / "tasks.json"
@@ -836,13 +839,12 @@ def task_table(results: dict[str, dict]) -> tuple[list[str], list[list]]:
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Flags):
     """Perplexity and bits per byte of text files. Each .txt is one document, and so is each line of a .jsonl."""
     what: tuple[str, ...] = ()  # the folder of a model, then .txt or .jsonl files (.gz)
     seq_len: int | None = None  # tokens that are read at once, from BOS on; else the model's context
     device: str = "auto"  # cpu, cuda, or auto
 
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
     POSITIONAL: ClassVar[str] = "what"
 
 
@@ -873,12 +875,11 @@ def perplexity(settings: Perplexity) -> None:
 
 
 @dataclass(frozen=True)
-class Curves:
+class Curves(Flags):
     """Draw the training loss of several runs against tokens into one picture (Figure 5)."""
     runs: tuple[str, ...] = ("out/pretrain",)  # runs of any stage that trains
     out: str = "out/losses"  # folder of the picture
 
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
     POSITIONAL: ClassVar[str] = "runs"
 
 
@@ -940,12 +941,11 @@ def by_fact(rows: list[dict], key: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Facts(Flags):
     """Ask base models closed-book for the facts of the tiny world, true or as the web's myths have them (§2.1)."""
     runs: tuple[str, ...] = ("out/pretrain",)  # runs of pretrain.py
     against: tuple[str, ...] = ()  # as many runs of the same worlds to compare with, in the same order
 
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
     POSITIONAL: ClassVar[str] = "runs"
 
 
@@ -1828,14 +1828,13 @@ def diversity(settings: Diversity) -> None:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Flags):
     """Who is spoken of in a corpus, and how rudely: pronouns and identity terms (Table 9), toxic words (Figure 13), §4.1."""
     data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB of .txt or .jsonl (.gz); `toy`, `toy/web`, `docs`
     world: int = 0  # seed of the tiny world
     documents: int = 100_000  # look at so many documents of a source | 10 % of the English part, for toxicity
     out: str = "out/corpus"  # folder of the results
 
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
     POSITIONAL: ClassVar[str] = "data"
 
 
@@ -1907,7 +1906,7 @@ def corpus(settings: Corpus) -> None:
 
 
 @dataclass(frozen=True)
-class Contamination:
+class Contamination(Flags):
     """Find test samples in the training tokens, and say whether they are answered better for it (A.6, Table 51)."""
     train: tuple[str, ...] = ("out/pretrain/data/*/*-[0-9]*.u16",)  # token shards of pretrain.py, .u16 or .u32
     test: str = ""  # .jsonl of {"prompt": text, or "tokens": ids, "score": number}: whole prompts, and how a model did on each
@@ -1916,8 +1915,6 @@ class Contamination:
     lengths: tuple[str, ...] = ("10", "20", "30", "40", "50")  # shortest match that counts, in tokens, L | 10 … 50
     chunk: int = 2**22  # training tokens in memory at once
     out: str = "out/contamination"  # folder of the results
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
 
 
 SEED, BUDGET = 10, 4  # a match begins with ten equal tokens; behind them up to four may differ, but not the last (A.6)
@@ -2223,11 +2220,10 @@ def collect_section(run: Run) -> list[str]:
     annotator = "the rules of the tiny world" if run.settings["annotator"] == "toy" else "a person"
     return [f"<p>Two answers to each prompt, compared by {annotator}. As the paper's models became better, their answers became "
             "alike: from week to week fewer pairs were significantly better.</p>",
-            table(["in %", "comparisons", *RATINGS, *SAFETY], [
-                *rows,
-                ["the paper, first week", "5,561", "≈18", "≈28", "≈28 … 33", "≈25", "", "", ""],
-                ["the paper, last week", "249,356", "≈9", "≈21", "≈28 … 33", "≈38.5", "", "", ""],
-                ["the paper, safety", "", "", "", "", "", 18, 47, 35]])]
+            table(["in %", "comparisons", *RATINGS, *SAFETY],
+                  [*rows, ["the paper, first week", "5,561", "≈18", "≈28", "≈28 … 33", "≈25", "", "", ""],
+                   ["the paper, last week", "249,356", "≈9", "≈21", "≈28 … 33", "≈38.5", "", "", ""],
+                   ["the paper, safety", "", "", "", "", "", 18, 47, 35]])]
 
 
 def reward_section(run: Run) -> list[str]:
@@ -2740,12 +2736,11 @@ def costs(runs: dict[str, Run], seconds: Counter, watts: float) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Flags):
     """Show the whole paper on one page that needs no network: all runs of a folder, or of several, one a world."""
     folders: tuple[str, ...] = ("out",)  # folders that hold the runs; the page is written into the first
     watts: float = 0.0  # measured power of the machine, or TDP, as in Table 2, for the energy of each stage; 0 leaves it out
 
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
     POSITIONAL: ClassVar[str] = "folders"
 
 
