@@ -2151,8 +2151,8 @@ class Run(NamedTuple):
 def pretrain_section(run: Run) -> list[str]:
     """The part of the report on one pretraining run: Figure 5's curve, perplexities, knowledge, samples."""
     last = run.metrics[-1]
-    parts = [f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s "
-             f"({last['tokens'] / max(last['seconds'], 1e-3):,.0f} tokens/s); "
+    rate = last["tokens"] / max(last["seconds"], 1e-3)
+    parts = [f"<p>{last['tokens']:,} tokens in {last['seconds']:.0f} s ({rate:,.0f} tokens/s); "
              f"data {html.escape(' '.join(run.settings['data']))}; preset {run.settings['preset']}. "
              f"<span class=note>The paper: 2.0T tokens; losses of 1.74 (7B) to 1.50 (70B), Figure 5.</span></p>",
              run.image("loss.png", "loss against tokens",
@@ -2200,8 +2200,8 @@ def sft_section(run: Run) -> list[str]:
             f"dialogues {'kept apart' if run.settings['isolate'] else 'not kept apart'}. "
             "<span class=note>The paper: 27,540 annotations, two epochs.</span></p>",
             "<p>The base model has never been asked anything; afterwards it should answer in the right form, with the facts that "
-            "pretraining taught it, obey its system prompt and refuse what is unsafe. No dialogue asks any of "
-            "this, but for the unsafe topics of training.</p>",
+            "pretraining taught it, obey its system prompt and refuse what is unsafe. No dialogue asks any of this, but for the "
+            "unsafe topics of training.</p>",
             survey_table(run),
             run.image("loss.png", "loss on answers against answer tokens",
                       "The loss on the answers of held-out dialogues should fall, and not rise again:"),
@@ -2231,13 +2231,14 @@ def reward_section(run: Run) -> list[str]:
     last, found = run.metrics[-1], run.read("accuracy.json")
     every, low, high, longer = percent([*found["accuracy"]["all"][1:], found["longer"]])
     ratings, bins = (percent([found["accuracy"].get(group, [0, None])[1] for group in groups]) for groups in (RATINGS, SAFETY))
-    paper = {"helpfulness": [80.7, 67.5, 60.9, 54.7, 63.2], "safety": [94.3, 76.3, 65.7, 55.3, 64.5]}  # Table 8, own test set
+    paper = {"helpfulness": [80.7, 67.5, 60.9, 54.7, 63.2], "safety": [94.3, 76.3, 65.7, 55.3, 64.5]}  # on its own test set
+    rows = [["this model", *ratings, every]]
+    if run.settings["kind"] in paper:
+        rows.append(["the paper (Table 8)", *paper[run.settings["kind"]]])
     parts = [f"<p>{last['tokens']:,} pairs in {last['seconds']:.0f} s, margin {run.settings['margin']}; right about {every} % "
              f"[{low}, {high}] of the held-out pairs. To call the longer answer the better is right about {longer} %.</p>",
              "<p>It should be surest where the annotators were: accuracy should fall from left to right.</p>",
-             table(["accuracy in %", *RATINGS, "all"],
-                   [["this model", *ratings, every],
-                    *[["the paper (Table 8)", *values] for kind, values in paper.items() if kind == run.settings["kind"]]])]
+             table(["accuracy in %", *RATINGS, "all"], rows)]
     if "recall" in found:
         parts += ["<p>Pairs of a safe and an unsafe answer should be the easiest, and the safety loss should put unsafe answers "
                   "below 0.5; recall is the share of them that lies there.</p>",
@@ -2253,16 +2254,14 @@ def rewards_section(run: Run) -> list[str]:
     found = run.read("rewards.json")
     rows = [[model, *(ranged_share(found[f"{model} on {test}"]["accuracy"]["all"][1:]) for test in ("helpfulness", "safety"))]
             for model in run.settings["runs"]]
-    parts = ["<p>Each should win on its own test set (Table 7).</p>",
-             table(["accuracy in %", "helpfulness", "safety"],
-                   [*rows, ["the paper, Helpfulness RM", 63.2, 62.8], ["the paper, Safety RM", 56.2, 64.5],
-                    ["the paper, GPT-4", 58.6, 58.1]])]
-    for name, text in (("scores", "A margin should push the scores to the two ends (Figure 27):"),
-                       ("calibration", "The score should rise with the true quality, though it learnt from pairs (Figure 29):"),
-                       ("scaling", "More comparisons and a larger model should both help (Figure 6):"),
-                       ("tension", "An answer can be safe and no help, or help and be unsafe; hence two models (Figure 32):")):
-        parts.append(run.image(f"{name}.png", name, text))
-    return parts
+    paper = [["the paper, Helpfulness RM", 63.2, 62.8], ["the paper, Safety RM", 56.2, 64.5], ["the paper, GPT-4", 58.6, 58.1]]
+    looks = {"scores": "A margin should push the scores to the two ends (Figure 27):",
+             "calibration": "The score should rise with the true quality, though it learnt from pairs (Figure 29):",
+             "scaling": "More comparisons and a larger model should both help (Figure 6):",
+             "tension": "An answer can be safe and no help, or help and be unsafe; hence two models (Figure 32):"}
+    return ["<p>Each should win on its own test set (Table 7).</p>",
+            table(["accuracy in %", "helpfulness", "safety"], rows + paper),
+            *(run.image(f"{name}.png", name, look) for name, look in looks.items())]
 
 
 def curves_section(run: Run) -> list[str]:
