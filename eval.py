@@ -419,9 +419,9 @@ def data_rows(file: str) -> Iterator[tuple[str, object]]:
     """The rows of an object {"Data": [...]}, TriviaQA's form; nothing if the file is none."""
     try:
         data = parse_json("".join(line for _, line in read_lines(file)))["Data"]
-    except (LookupError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError):
         return
     yield from ((f"{file}, row {number}", row) for number, row in enumerate(data, 1))
 
@@ -1637,9 +1637,9 @@ def safety(settings: Safety) -> None:
 
             def draw(rows: range) -> list[dict]:
                 mine = [dialogs[j] for j in rows]
-                answers = answers_of(speaker(), mine, rows, settings, settings.temperature)  # noqa: B023
+                answers = answers_of(speaker(), mine, rows, settings, settings.temperature)
                 if settings.rewards:
-                    encode = speaker().tokenizer.encode_dialog  # noqa: B023
+                    encode = speaker().tokenizer.encode_dialog
                     r_h, r_s = judges().score([encode(dialog)[0] + answer["ids"] for dialog, answer in zip(mine, answers)])
                     answers = [answer | {"R_h": h, "R_s": s} for answer, h, s in zip(answers, r_h.tolist(), r_s.tolist())]
                 return answers
@@ -1796,8 +1796,8 @@ def diversity(settings: Diversity) -> None:
 
             def draw(cells: range) -> list[list[str]]:  # a cell is a temperature and a prompt
                 temperature = float(settings.temperatures[cells.start // len(dialogs)])
-                model, tokenizer = speaker().model, speaker().tokenizer  # noqa: B023
-                drawn = generate(model, [speaker().prompt_ids(messages) for messages in dialogs], settings.max_new_tokens,  # noqa: B023
+                model, tokenizer = speaker().model, speaker().tokenizer
+                drawn = generate(model, [speaker().prompt_ids(messages) for messages in dialogs], settings.max_new_tokens,
                                  temperature, 1.0, (tokenizer.eos_id,), settings.seed, settings.samples)
                 texts = [tokenizer.decode(ids).strip() for ids in drawn]
                 return [texts[j : j + settings.samples] for j in range(0, len(texts), settings.samples)]
