@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -1115,14 +1116,17 @@ def claim(out: str | Path, stage: str) -> None:
         raise InputError(f"--out {out}: {there} is no folder that can be written to; take another")
 
 
+CALLED = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])  # before `eval.py` and others take their subcommand off
+
+
 def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
     """Claim --out: refuse another run's folder, drop what was left unfinished. Returns what config.json will hold.
 
     `more` goes there too; of it, `data` (fingerprints) must not change while the run goes on.
     """
     out = Path(settings.out)
-    record = {"stage": stage, "settings": asdict(settings), **more, "threads": ranks.threads, "world_size": ranks.world_size,
-              "torch": torch.__version__}
+    record = {"stage": stage, "settings": asdict(settings), "command": CALLED, **more, "threads": ranks.threads,
+              "world_size": ranks.world_size, "torch": torch.__version__}
     record = json.loads(json.dumps(record))
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
     if ranks.rank == 0:
@@ -1444,15 +1448,22 @@ def log_scale(axes) -> None:
     axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
-def draw_loss(out: Path) -> None:
-    """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
+def can_draw() -> bool:
+    """Whether matplotlib is there, which draws into files; where it is not, what to install is printed."""
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
     except ImportError:
-        print("no loss.png: `pip install matplotlib` draws it")
+        print("no pictures: `pip install matplotlib` draws them")
+        return False
+    matplotlib.use("Agg")
+    return True
+
+
+def draw_loss(out: Path) -> None:
+    """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
+    if not can_draw():
         return
+    import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     tokens, losses, smooth_tokens, smooth_losses = training_curve(rows)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

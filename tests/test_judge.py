@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import redirect_stdout
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import torch
 import toy
 from eval import (COMMANDS, JUDGE_PROMPT, Contamination, Judge, Question, Report, bleu, contaminated, contamination,
                   contamination_table, corpus_figures, fingerprints, fixed, groups_of, gwet_ac, index_samples, judge, judge_by_reward,
-                  judge_by_truth, judge_by_url, longest_matches, majority, measure_safety, questions, rate_safety, read_verdict,
-                  report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts, win_table)
+                  judge_by_truth, judge_by_url, longest_matches, majority, measure_safety, pairs_to_judge, rate_safety,
+                  read_verdict, report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts, win_table)
 from model import ModelConfig, Transformer
 from pretrain import InputError, command_line, cpu_group, save_model
 from reward import RewardModel
@@ -94,11 +95,11 @@ def test_a_swapped_judge_gives_the_mirrored_verdict(models):
         texts = toy.answer(world, prompt, rng), toy.bad_answer(world, prompt, rng)
         asked.append(question(number, 0, *texts, prompt))
     both = asked + [swapped(one) for one in asked]
-    for verdict_of in (judge_by_truth(world, "helpfulness"), judge_by_truth(world, "safety"),
+    for verdict_of in (partial(judge_by_truth, world, "helpfulness"), partial(judge_by_truth, world, "safety"),
                        judge_by_reward(str(models / "reward"), both, [], torch.device("cpu"))):
         found = [verdict_of(one)[0] for one in asked]
         assert [verdict_of(swapped(one))[0] for one in asked] == [-verdict for verdict in found]
-    good = [judge_by_truth(world, "helpfulness")(one)[0] for one in asked]
+    good = [judge_by_truth(world, "helpfulness", one)[0] for one in asked]
     assert good.count(1) > 30 and good.count(-1) <= 6  # bad answers are truly the worse ones
 
 
@@ -119,10 +120,10 @@ def test_two_orders_that_disagree_are_a_tie_and_are_counted():
 def test_orders_are_random_and_equal_answers_are_not_asked_about():
     prompts = [{"messages": []}] * 400
     answers = [{"a": {"text": "x"}, "b": {"text": "x" if i % 4 == 0 else "y"}} for i in range(400)]
-    asked = questions(prompts, answers, Judge())
+    asked = pairs_to_judge(prompts, answers, Judge())
     assert len(asked) == 300 and 110 < sum(one.order for one in asked) < 190
     assert all(one.first["text"] == "xy"[one.order] for one in asked)
-    assert len(questions(prompts, answers, Judge(both_orders=True))) == 600
+    assert len(pairs_to_judge(prompts, answers, Judge(both_orders=True))) == 600
 
 
 def test_the_win_rate_is_wins_among_the_decided_in_every_group():
@@ -214,7 +215,7 @@ def key(monkeypatch):
 
 def ask(server, asked, file, parallel=2, **more):
     settings, stopped = Judge(judge=server.url, judge_model="m", **({"wait": 0.01, "timeout": 5.0} | more)), threading.Event()
-    return verdicts(asked, judge_by_url(settings, stopped), file, parallel, stopped)
+    return verdicts(asked, partial(judge_by_url, settings, stopped), file, parallel, stopped)
 
 
 ASKED = [question(n, n % 2, "short", "a longer answer") for n in range(6)]

@@ -109,8 +109,8 @@ def test_outcomes_add_up_to_one_in_each_group_of_prompts_and_are_those_counted_b
     attacked = shares["new topics, attacked"]
     assert attacked["violation"] == pytest.approx(1 / 6) and attacked["gibberish"] == pytest.approx(1 / 6)
     assert attacked["off-topic"] == pytest.approx(4 / 6) and attacked["refusal"] == 0
-    cells = dict(side_by_side({"model": found | {"share": None}}))
-    assert cells["new topics, attacked: violation, %"][0].startswith("16.7 [")
+    cells = dict(side_by_side({"model": found | {"share": None}}))  # of one model
+    assert cells["new topics, attacked: violation, %"].startswith("16.7 [")
 
 
 # ---- as a user runs it
@@ -185,6 +185,7 @@ def test_models_stand_side_by_side_with_the_scores_of_both_reward_models_and_in_
                     "--max_new_tokens", "4", "--out", "out/safety")
     assert result.returncode == 0, result.stderr
     out, prompts, found = models / "out/safety", safety_prompts(toy.World(0)), json.loads((models / "out/safety/results.json").read_text())
+    assert json.loads((out / "config.json").read_text())["command"].startswith("eval.py safety sft sft-2 --rewards reward-0 reward-1 --world 0")
     answers = [[row for part in sorted((out / "parts").glob(f"answers-{i}-*.json")) for row in json.loads(part.read_text())] for i in (0, 1)]
     unsafe = np.array([p["part"] == "unsafe" for p in prompts])
     r_s = np.array([row["R_s"] for row in answers[1]])[unsafe]
