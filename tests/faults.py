@@ -78,7 +78,7 @@ STAGES = {  # name: main, settings, flags, kind of model; {base} holds small dat
     "diversity": (evaluation.diversity, evaluation.Diversity, ["{base}/base/out", *ASK, "--n_prompts", "3", "--samples", "4",
                                                                "--temperatures", "0.5", "1.1"], None),
     "contamination": (evaluation.contamination, evaluation.Contamination,
-                      ["{base}/base/out/data/*/*-[0-9]*.u16", "--test", "{base}/samples.jsonl", "--tokenizer",
+                      ["--train", "{base}/base/out/data/*/*-[0-9]*.u16", "--test", "{base}/samples.jsonl", "--tokenizer",
                        "{base}/base/out/tokenizer.model", "--out", "{out}"], None),
     "gatt-test": (gatt.test, gatt.Test, ["{base}/base/out", "--dialogs", "3", "--turns", "1", "2", "--unseen_turns", "1",
                                          "--max_new_tokens", "8", "--out", "{out}"], None),
