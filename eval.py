@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from random import Random
@@ -58,7 +58,7 @@ from pretrain import (COLOURS, FREE, InputError, Ranks, carbon, checkpoints, cla
                       interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents, read_lines,
                       replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world, training_curve, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
-                    in_parts, is_number, load_speakers, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
+                    in_parts, is_number, load_speaker, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
 from reward import picture as axes_of
 from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl
 from sft import are_ids, read_rows, toy_messages
@@ -716,7 +716,7 @@ def tasks(settings: Tasks) -> None:
         record = open_run(replace(settings, **PER_CALL), "tasks", ranks, data={"model": parent.fingerprint})
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
-        speaker = load_speakers([settings.run], ranks)[0]
+        speaker = load_speaker(settings.run, ranks)
         model, tokenizer = speaker.model, speaker.tokenizer
         old = out / "tasks.json"
         results = json.loads(old.read_text()) if old.exists() and settings.resume else {}
@@ -1027,7 +1027,7 @@ def answers_file(out: str | Path, run: str) -> Path:
 def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judges, general: RewardModel | None,
                   settings: Versions, ranks: Ranks) -> dict[str, np.ndarray]:
     """What the annotators and the reward models say of a model's greedy answers: name → (prompts,). Writes the answers."""
-    speaker = load_speakers([run], ranks)[0]
+    speaker = load_speaker(run, ranks)
     asked = [speaker.prompt_ids(toy_messages(prompt)) for prompt in prompts]
     said = generate(speaker.model, asked, settings.max_new_tokens, temperature=0, stop=(speaker.tokenizer.eos_id,))
     texts = [speaker.tokenizer.decode(ids).strip() for ids in said]
@@ -1439,7 +1439,7 @@ def judge(settings: Judge) -> None:
     data = {folder: parent_of(folder).fingerprint for folder in (*folders, *(names if settings.judge == "reward" else ()))}
     data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts != "toy" else {}
     with opened(settings, "judge", data) as ranks:
-        speakers = cache(lambda: [load_speakers([folder], ranks)[0] for folder in folders])
+        speakers = cache(lambda: [load_speaker(folder, ranks) for folder in folders])
 
         def draw(rows: range) -> list[dict]:
             dialogs = [prompts[i]["messages"] for i in rows]
@@ -1636,7 +1636,7 @@ def safety(settings: Safety) -> None:
     with opened(settings, "safety", {folder: parent.fingerprint for folder, parent in parents.items()}) as ranks:
         judges = cache(lambda: load_judges(*settings.rewards, ranks))
         for i, run in enumerate(settings.runs):
-            speaker = cache(lambda run=run: load_speakers([run], ranks)[0])
+            speaker = cache(partial(load_speaker, run, ranks))
 
             def draw(rows: range) -> list[dict]:
                 mine = [dialogs[j] for j in rows]
@@ -1798,7 +1798,7 @@ def diversity(settings: Diversity) -> None:
                for prompt in toy.prompts(world, settings.n_prompts, settings.seed, "test", [kind])]
     with opened(settings, "diversity", {run: parent_of(run).fingerprint for run in settings.runs}) as ranks:
         for i, run in enumerate(settings.runs):
-            speaker = cache(lambda run=run: load_speakers([run], ranks)[0])
+            speaker = cache(partial(load_speaker, run, ranks))
 
             def draw(cells: range) -> list[list[str]]:  # a cell is a temperature and a prompt
                 temperature = float(settings.temperatures[cells.start // len(dialogs)])

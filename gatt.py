@@ -29,7 +29,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -42,9 +42,9 @@ from torch import Tensor
 
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
-from pretrain import (COLOURS, InputError, claim, command_line, cpu_group, interval, load_model, locked, open_run, parent_of,
+from pretrain import (COLOURS, InputError, claim, command_line, cpu_group, interval, locked, open_run, parent_of,
                       replace_file, sources, spool_stdin, start, tiny_world, world_of)
-from reward import RewardModel, Speaker, in_parts, load_speakers, picture, score_rows, whiskers
+from reward import RewardModel, Speaker, in_parts, load_judge, load_speaker, parents_of, picture, score_rows, whiskers
 from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
 from tokenizer import Tokenizer, dialog_turns, parse_json
 
@@ -296,7 +296,7 @@ def main(settings: Settings) -> None:
     if constraints is None:
         constraints = read_constraints(settings.constraints)
     reward = settings.reward if settings.samples > 1 else ""
-    parents = {folder: parent_of(folder) for folder in (settings.init, reward) if folder}
+    parents = parents_of([settings.init, reward] if reward else [settings.init])
     parent = parents[settings.init]
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.init))
@@ -311,8 +311,8 @@ def main(settings: Settings) -> None:
         record = open_run(settings, "gatt", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
-        speaker = cache(lambda: load_speakers([settings.init], ranks)[0])
-        judge = cache(lambda: load_model(reward, RewardModel)[0].to(ranks.device) if reward else None)
+        speaker = cache(partial(load_speaker, settings.init, ranks))
+        judge = cache(partial(load_judge, reward, ranks)) if reward else lambda: None
         constraints = constraints or ask_for_lists(speaker())
         dialogs = (dialog for source in found for dialog in source.documents())
         plans = plan(dialogs, constraints, settings.resampled, settings.replay, settings.seed)

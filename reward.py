@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
-from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, claim, command_line, cpu_group, file_fingerprint,
-                      interval, load_model, locked, open_run, parent_of, permute, print_settings, replace_file, run_config,
-                      set_weights, start, tiny_world, train, world_of)
+from pretrain import (COLOURS, Common, InputError, Parent, Ranks, adamw, build, claim, command_line, cpu_group,
+                      file_fingerprint, interval, load_model, locked, open_run, parent_of, permute, print_settings,
+                      replace_file, run_config, set_weights, start, tiny_world, train, world_of)
 from sft import are_ids, messages_of, read_rows, toy_messages, typed
 from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
 
@@ -129,17 +129,21 @@ class Speaker(NamedTuple):
         return self.tokenizer.encode_dialog(messages)[0]
 
 
-def load_speakers(folders: list[str], ranks: Ranks) -> list[Speaker]:
-    """The models of folders, whole, on this rank's device. Raises InputError if their tokenizers differ."""
-    speakers, dtype = [], torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    for folder in folders:
-        config, weight_of, tokenizer = read_any(folder)
-        if speakers and file_fingerprint(tokenizer) != file_fingerprint(speakers[0].tokenizer.path):
+def load_speaker(folder: str, ranks: Ranks) -> Speaker:
+    """The model of a folder, whole, on this rank's device."""
+    config, weight_of, tokenizer = read_any(folder)
+    model = load_weights(config, weight_of, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+    return Speaker(folder, model.to(ranks.device).eval(), Tokenizer(tokenizer), run_config(folder)["stage"] == "pretrain")
+
+
+def parents_of(folders: list[str]) -> dict[str, Parent]:
+    """The models of folders by their names; InputError if their tokenizers differ, for the ids of answers go from one to all."""
+    parents = {folder: parent_of(folder) for folder in folders}
+    for folder, parent in parents.items():
+        if file_fingerprint(parent.tokenizer) != file_fingerprint(parents[folders[0]].tokenizer):
             raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common; "
                              "name models of one tokenizer")
-        model = load_weights(config, weight_of, dtype).to(ranks.device).eval()
-        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), run_config(folder)["stage"] == "pretrain"))
-    return speakers
+    return parents
 
 
 def sample_pairs(speakers: list[Speaker], prompts: list[dict], first: int, settings: Collect, seed: int) -> list[dict]:
@@ -228,21 +232,23 @@ def collect(settings: Collect) -> None:
         raise InputError("two answers come from two variants; give a second --temperatures, or a second model with --b")
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.a))
+    parents = parents_of(sum(folders.values(), []))
     ranks = start(settings)
     with locked(settings.out, ranks):
-        out, data = Path(settings.out), {folder: parent_of(folder).fingerprint for folder in sum(folders.values(), [])}
-        record = open_run(settings, "collect", ranks, data=data)
+        out = Path(settings.out)
+        record = open_run(settings, "collect", ranks, data={folder: parent.fingerprint for folder, parent in parents.items()})
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
+        speaker = cache(partial(load_speaker, ranks=ranks))
         for axis in axes:
             for split in ("train",) if settings.prompts else ("train", "test"):
                 prompts = own or toy_prompts(settings, axis, split)
                 name = axis if split == "train" else f"{axis}-test"
-                speakers = cache(partial(load_speakers, folders[axis], ranks))
                 seed = zlib.crc32(f"{settings.seed} {name}".encode())
 
                 def draw(rows: range) -> list[dict]:
-                    return sample_pairs(speakers(), [prompts[i] for i in rows], rows.start, settings, seed)
+                    speakers = [speaker(folder) for folder in folders[axis]]
+                    return sample_pairs(speakers, [prompts[i] for i in rows], rows.start, settings, seed)
 
                 rows = in_parts(out, name, len(prompts), settings.batch_size, draw, ranks, settings.resume)
                 if ranks.rank == 0:
@@ -419,6 +425,12 @@ class RewardModel(Transformer):
         """
         scores = super().forward(tokens)[..., 0]  # (rows, seq)
         return scores[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (rows,)
+
+
+def load_judge(folder: str, ranks: Ranks) -> RewardModel:
+    """The reward model of a folder, whole, on this rank's device."""
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    return load_model(folder, RewardModel)[0].to(ranks.device, dtype).eval()
 
 
 def head_weight(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
