@@ -1124,9 +1124,9 @@ def answer_under_preprompts(speaker: Speaker, judge: RewardModel, prompts: list[
     return [row | {"response_ids": ids, "score": score} for row, ids, score in zip(rows, drawn, scores.tolist())]
 
 
-def passes(plain: float, score: float, gate: bool) -> bool:
+def passes(plain: float | np.ndarray, score: float | np.ndarray, gate: bool = True) -> bool | np.ndarray:
     """Whether an answer may be learned: without the gate any, with it one that scores above the plain one (§4.2.4)."""
-    return score > plain or not gate
+    return (score > plain) | (not gate)
 
 
 def make_distilled(settings: Distill, prompts: list[dict], ranks: Ranks) -> None:
@@ -1183,10 +1183,10 @@ def distill_figures(found: list[dict]) -> dict:
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in found)]
     plain = list({row["number"]: row for row in found}.values())  # each prompt once
     before, after = (np.array([row[name] for row in found]) for name in ("plain_score", "score"))
-    of_kind, change, passes = np.array([row["kind"] for row in found]), after - before, after > before
+    of_kind, change, higher = np.array([row["kind"] for row in found]), after - before, passes(before, after)
 
     def both(mine: np.ndarray, values: np.ndarray) -> dict:
-        return {"without": interval(values[mine]), "with": interval(values[mine & passes]) if (mine & passes).any() else None}
+        return {"without": interval(values[mine]), "with": interval(values[mine & higher]) if (mine & higher).any() else None}
 
     figures = {
         "prompts": len(plain), "medians": {"plain": quantile_interval([row["plain_score"] for row in plain], 0.5)}
@@ -1197,7 +1197,7 @@ def distill_figures(found: list[dict]) -> dict:
         mine = np.isin(np.arange(len(found)), part)
         if mine.any():
             figures["fifths"].append({"plain": float(before[mine].mean()), "n": int(mine.sum()),
-                                      "passes": float(passes[mine].mean())} | both(mine, change))
+                                      "passes": float(higher[mine].mean())} | both(mine, change))
     if "truth" in found[0]:
         truth = np.array([row["truth"] for row in found])  # (answers, {plain, under the preprompt})
         figures["truth"] = {"plain": interval(np.array([row["truth"][0] for row in plain]))} | {
@@ -1238,8 +1238,8 @@ def draw_distilled(found: list[dict], out: Path) -> None:
             axes.axvline(np.median(values), color=colour, ls=":")
     title = "What a preprompt changes (Figure 16b)"
     with picture(out / "gate.png", title, "score of the plain answer", "change of the score") as axes:
-        for passes, name, colour in ((True, "passes the gate", COLOURS[0]), (False, "does not", COLOURS[1])):
-            mine = [row for row in found if (row["score"] > row["plain_score"]) == passes]
+        for higher, name, colour in ((True, "passes the gate", COLOURS[0]), (False, "does not", COLOURS[1])):
+            mine = [row for row in found if passes(row["plain_score"], row["score"]) == higher]
             axes.scatter([row["plain_score"] for row in mine], [row["score"] - row["plain_score"] for row in mine], s=6,
                          alpha=0.4, color=colour, label=name)
         axes.axhline(0, color="0.7", lw=0.8)
