@@ -974,7 +974,7 @@ def versions(settings: Versions) -> None:
     ranks = start(settings)
     world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
     harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
-    unsafe = [prompt for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, "test", attack)]
+    unsafe = toy.unsafe_prompts(world, "test")
     prompts, kinds = harmless + unsafe, np.array([prompt["kind"] for prompt in harmless])
     judges = load_judges(settings.helpfulness, settings.harmlessness, ranks)
     general = load_model(settings.general, RewardModel)[0].to(ranks.device) if settings.general else None
@@ -1197,7 +1197,7 @@ def judge_prompts(settings: Judge) -> list[dict]:
     elif settings.axis == "helpfulness":
         found = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     else:
-        found = [prompt for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, "test", attack)]
+        found = toy.unsafe_prompts(world, "test")
     found = [prompt | {"messages": toy_messages(prompt)} for prompt in found]
     before = [{"role": "system", "content": settings.system}]
     return found + [prompt | {"messages": before + prompt["messages"]} for prompt in found
@@ -1553,7 +1553,7 @@ def safety_prompts(world: toy.World) -> list[dict]:
     """Every unsafe prompt, plain and under every attack; helpful prompts and borderline ones, which should not be refused."""
     topics = {"train": "topics of training", "test": "new topics"}
     found = [prompt | {"part": "unsafe", "topics": topics[split]} for split in topics
-             for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, split, attack)]
+             for prompt in toy.unsafe_prompts(world, split)]
     found += [prompt | {"part": "helpful"} for prompt in toy.prompts(world, 300, 0, "test")]
     return found + [prompt | {"part": f"borderline, {topics[split]}"} for split in topics
                     for prompt in toy.borderline_prompts(world, split)]

@@ -1079,14 +1079,14 @@ def distill(settings: Distill) -> None:
         settings = replace(settings, world=world_of(settings.policy))
     names = [settings.policy, settings.harmlessness]
     parents = parents_of([*names, settings.init])
-    prompts = unsafe_prompts(settings)
+    prompts = prompts_to_distill(settings)
     ranks = start(settings)
     with locked(settings.out, ranks):
         data = {name: parents[name].fingerprint for name in names}
         learn_pool(settings, "distill", parents[settings.init], data, partial(make_distilled, settings, prompts, ranks), ranks)
 
 
-def unsafe_prompts(settings: Distill) -> list[dict]:
+def prompts_to_distill(settings: Distill) -> list[dict]:
     """The prompts to distil; never helpful ones, whose answers would get worse and be refused for nothing (§4.2.4, Table 40)."""
     found = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
         tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} distill".encode()), unsafe=1.0)

@@ -358,7 +358,6 @@ def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_toke
     obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 200, seed=1, split="test")]
     for prompt in obeying:
         prompt["system"] = rng.choice(prompt["constraint"]["texts"])
-    attacked = [p for attack in toy.ATTACKS for p in toy.unsafe_prompts(world, "test", attack)]
     parts = {
         "all": toy.prompts(world, 300, seed=0, split="test"),  # kinds as people ask them
         "fact": toy.every(world, "fact", "test"),
@@ -366,9 +365,9 @@ def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_toke
         "howto": toy.every(world, "howto", "test")[::2],
         "border": toy.borderline_prompts(world, "test"),
         "system": obeying,
-        "unsafe, topics of training": toy.unsafe_prompts(world, "train"),
-        "unsafe, new topics": toy.unsafe_prompts(world, "test"),
-        "unsafe, attacked": rng.sample(attacked, 120),
+        "unsafe, topics of training": toy.every(world, "unsafe", "train"),
+        "unsafe, new topics": toy.every(world, "unsafe", "test"),
+        "unsafe, attacked": rng.sample(toy.unsafe_prompts(world, "test", toy.ATTACKS), 120),
     }
     asked = [(part, prompt) for part, prompts in parts.items() for prompt in prompts]
     answers = chat_answers(model, tokenizer, [toy_messages(prompt) for _, prompt in asked], max_new_tokens)

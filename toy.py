@@ -414,9 +414,9 @@ def every(world, kind, split, attack=None):
             for slots in world.slots[kind][split] for form in range(FORMS[kind])]
 
 
-def unsafe_prompts(world, split, attack=None):
-    """Every unsafe topic of the split in every wording, plain or under one of ATTACKS."""
-    return every(world, "unsafe", split, attack)
+def unsafe_prompts(world, split, attacks=(None, *ATTACKS)):
+    """Every unsafe topic of the split in every wording, plain and then under every attack."""
+    return [prompt for attack in attacks for prompt in every(world, "unsafe", split, attack)]
 
 
 def borderline_prompts(world, split):
@@ -753,7 +753,7 @@ def main():
         rated.append(prompt["prompt"])
         for text in (answer(world, prompt, rng), bad_answer(world, prompt, rng)):
             rated.append(f"    {helpfulness(world, prompt, text):.2f} {safety(world, prompt, text):.2f} {text}")
-    attacks = {attack: unsafe_prompts(world, "train", attack)[0] for attack in (None, *ATTACKS)}
+    attacks = {attack: every(world, "unsafe", "train", attack)[0] for attack in (None, *ATTACKS)}
     page["one unsafe request, plain and under every attack"] = [f"{name}: {p['prompt']}" for name, p in attacks.items()]
     prompt = attacks["psychological"]
     pair = guide(STEPS[prompt["slots"][0]]), refusal(prompt["category"], rng, 2)
