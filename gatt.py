@@ -166,7 +166,7 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
                       + [{"role": "user", "content": user} for user in users])
 
 
-def plan(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], resampled: float, replay: float,
+def make_plans(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], resampled: float, replay: float,
          seed: int) -> list[Plan]:
     """For each dialogue, one under its own system message or a drawn instruction; for a share `replay`, one without too.
 
@@ -315,7 +315,7 @@ def main(settings: Settings) -> None:
         judge = cache(partial(load_judge, reward, ranks)) if reward else lambda: None
         constraints = constraints or ask_for_lists(speaker())
         dialogs = (dialog for source in found for dialog in source.documents())
-        plans = plan(dialogs, constraints, settings.resampled, settings.replay, settings.seed)
+        plans = make_plans(dialogs, constraints, settings.resampled, settings.replay, settings.seed)
         draw = lambda rows: synthesize(speaker(), [plans[i] for i in rows], rows.start, settings, judge())  # noqa: E731
         rows = in_parts(out, "gatt", len(plans), settings.sample_batch, draw, ranks, settings.resume)
         if ranks.rank == 0:
@@ -369,12 +369,12 @@ def converse(model: Transformer, prompts: list[list[list[int]]], max_new_tokens:
     """
     columns = max(sum(len(ids) + max_new_tokens + 1 for ids in dialog) for dialog in prompts)
     model.config = replace(model.config, max_seq_len=max(columns, model.config.max_seq_len))
-    cache = KVCache(model.config, torch.ones(len(prompts), dtype=torch.long), columns)
+    kv = KVCache(model.config, torch.ones(len(prompts), dtype=torch.long), columns)
     answers: list[list[list[int]]] = [[[]] for _ in prompts]
     ahead = [dialog[0][::-1] for dialog in prompts]  # what each row is to read, the next token last
     rows = list(range(len(prompts)))  # those in the cache
     while rows:
-        logits = model(torch.tensor([[ahead[row].pop()] for row in rows]), cache=cache)  # (rows, vocab)
+        logits = model(torch.tensor([[ahead[row].pop()] for row in rows]), cache=kv)  # (rows, vocab)
         for row, token in zip(rows, logits.argmax(-1).tolist()):
             if ahead[row] or len(answers[row]) > len(prompts[row]):  # it reads, or its dialogue is over
                 ahead[row] = ahead[row] or [eos_id]
@@ -388,7 +388,7 @@ def converse(model: Transformer, prompts: list[list[list[int]]], max_new_tokens:
                 ahead[row] = after[0][::-1] + [eos_id] + ahead[row] * (token != eos_id)
         kept = [j for j, row in enumerate(rows) if len(answers[row]) <= len(prompts[row])]
         if len(kept) <= 0.75 * len(rows):  # moving the cache costs; do it when a quarter is done
-            cache.keep(torch.tensor(kept, dtype=torch.long))
+            kv.keep(torch.tensor(kept, dtype=torch.long))
             rows = [rows[j] for j in kept]
     return [dialog[:-1] for dialog in answers]
 

@@ -175,7 +175,7 @@ def sample_pairs(speakers: list[Speaker], prompts: list[dict], first: int, setti
     return rows
 
 
-def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
+def prompts_to_compare(settings: Collect, axis: str, split: str) -> list[dict]:
     """Prompts of the tiny world: harmless ones for helpfulness; for safety three in four are unsafe (our choice).
 
     There are few test prompts of some kinds, so that they are drawn in rounds, and may come several times.
@@ -242,7 +242,7 @@ def collect(settings: Collect) -> None:
         speaker = cache(partial(load_speaker, ranks=ranks))
         for axis in axes:
             for split in ("train",) if settings.prompts else ("train", "test"):
-                prompts = own or toy_prompts(settings, axis, split)
+                prompts = own or prompts_to_compare(settings, axis, split)
                 name = axis if split == "train" else f"{axis}-test"
                 seed = zlib.crc32(f"{settings.seed} {name}".encode())
 
@@ -524,7 +524,7 @@ def comparisons(record: object) -> list[dict]:
     elif "prompt" in record:
         messages = toy_messages(record)
     elif isinstance(chosen, str) and isinstance(rejected, str):  # Anthropic
-        (*messages, chosen), (*other, rejected) = transcript(chosen), transcript(rejected)
+        (*messages, chosen), (*other, rejected) = read_transcript(chosen), read_transcript(rejected)
         if messages != other:
             raise InputError("the two transcripts differ before their last answers")
         chosen, rejected = chosen["content"], rejected["content"]
@@ -550,7 +550,7 @@ def comparisons(record: object) -> list[dict]:
     return [record | {"prompt": messages, "chosen": chosen, "rejected": rejected, "rating": rating, "safety": safety}]
 
 
-def transcript(text: str) -> list[dict]:
+def read_transcript(text: str) -> list[dict]:
     """Anthropic's "\n\nHuman: ...\n\nAssistant: ..." as messages; two of one speaker in a row are joined."""
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
     messages: list[dict] = []
