@@ -64,7 +64,7 @@ class Settings(Tuning):
     samples: int = 1  # how many are sampled of each answer that is learned
     reward: str = "out/reward-helpfulness"  # reward model that picks the best of several samples; "" takes the first that ends
     temperature: float = 0.3  # of the samples
-    past: int | None = None  # earlier turns that sampling reads | all
+    past: int | None = None  # earlier turns that sampling reads; else all that fit | all
     max_new_tokens: int = 96  # longest answer, in tokens
     check: bool = False  # drop samples that break the rule of their constraint: the tiny world can tell, the paper could not
     replay: float = 0.15  # share of the dialogues that are learned without an instruction too, with answers of the model's own
@@ -74,8 +74,7 @@ class Settings(Tuning):
     # reads that message alone; its questions do not build on each other. One row a step: a row has few answers to learn.
     BY_PRESET: ClassVar[dict[str, dict]] = {
         name: values | (dict(lr=0.375 * values["lr"], adam_eps=1e-5, seq_len=1024, batch_size=1, micro_batch=1, epochs=2,
-                             eval_every=1000, past=0)
-                        if name.startswith("toy") else dict(past=1000))
+                             eval_every=1000, past=0) if name.startswith("toy") else {})
         for name, values in Tuning.BY_PRESET.items()
     }
 
@@ -167,7 +166,7 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
 
 
 def make_plans(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], resampled: float, replay: float,
-         seed: int) -> list[Plan]:
+               seed: int) -> list[Plan]:
     """For each dialogue, one under its own system message or a drawn instruction; for a share `replay`, one without too.
 
     A dialogue whose system message is empty comes without an instruction alone.
@@ -214,7 +213,8 @@ def synthesize(speaker: Speaker, plans: list[Plan], first: int, settings: Settin
 
     def read(i: int, turn: int) -> list[int]:  # what is read for it, as far as it fits: earlier turns, the user's message
         ids: list[int] = []
-        for t in range(turn, max(0, turn - settings.past) - 1, -1):
+        earliest = 0 if settings.past is None else max(0, turn - settings.past)
+        for t in reversed(range(earliest, turn + 1)):
             prompt = prompt_ids(tokenizer, said(i, turn), plans[i].users[t])
             longer = prompt + (answers[i][t] if t < turn else []) + ids
             if len(longer) + settings.max_new_tokens > speaker.model.config.max_seq_len:

@@ -186,7 +186,7 @@ def test_what_is_sampled_for_a_plan_does_not_depend_on_its_batch(speaker):
 def test_of_a_long_dialogue_as_many_turns_are_read_as_fit_and_a_message_that_never_fits_drops_it(speaker, monkeypatch):
     seen, room = [], speaker.model.config.max_seq_len
     monkeypatch.setattr(gatt, "generate", lambda model, prompts, *more: seen.extend(prompts) or generate(model, prompts, *more))
-    long = Settings(past=1000, samples=1, temperature=1.0, max_new_tokens=40)
+    long = Settings(samples=1, temperature=1.0, max_new_tokens=40)
     row = synthesize(speaker, [Plan("gatt/0", "Act as a pirate.", [], True, users(30))], 0, long)[0]
     assert len(row["turns"]) == 30 and max(map(len, seen)) <= room - 40
     cost = max(len(prompt) + len(answer) for prompt, answer in row["turns"]) + len(row["turns"][0][0])  # of a turn, instruction and all
