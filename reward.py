@@ -261,7 +261,8 @@ def in_parts(out: Path, name: str, n: int, batch_size: int, make: Callable[[rang
              resume: bool = True) -> list:
     """make(range of numbers) → rows for the numbers 0 … n-1, in batches that the ranks share; rank 0 gets all rows.
 
-    Each batch is a file OUT/parts/NAME-NNNNN.json, written once and whole: the unit of resume of every sampling stage.
+    Each batch is a file OUT/parts/NAME-NNNNN.json, written once and whole: the unit of resume of every sampling stage. `make`
+    loads its models at its first call, by a cached loader, so that a run that goes on behind its last batch loads none.
     """
     starts = range(0, n, batch_size)
     parts = [out / "parts" / f"{name}-{first:05d}.json" for first in starts]
