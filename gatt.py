@@ -263,18 +263,14 @@ def written(tokenizer: Tokenizer, plan: Plan, answers: list[list[int]]) -> dict:
 # ---------------------------------------------------------------------------------------------- the loss mask
 
 
-def gatt_mask(turns: list[tuple[list[int], list[int]]]) -> list[bool]:
+def gatt_mask(turns: list[tuple[list[int], list[int]]], earlier: bool = False) -> list[bool]:
     """Which tokens of a dialogue are learned: the last answer's, EOS included; earlier turns have zero loss (§3.3).
 
-    turns: the ids of each turn's prompt and answer. Returns a flag for each token, in order.
+    turns: the ids of each turn's prompt and answer. earlier: learn the earlier answers too, as without an instruction. Returns
+    a flag for each token, in order.
     """
-    return [is_answer and turn == len(turns) - 1 for turn, (prompt, answer) in enumerate(turns)
+    return [is_answer and (earlier or turn == len(turns) - 1) for turn, (prompt, answer) in enumerate(turns)
             for is_answer in [False] * len(prompt) + [True] * len(answer)]
-
-
-def replay_mask(turns: list[tuple[list[int], list[int]]]) -> list[bool]:
-    """The same for a dialogue without an instruction: every answer is learned."""
-    return [is_answer for prompt, answer in turns for is_answer in [False] * len(prompt) + [True] * len(answer)]
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -329,7 +325,7 @@ def main(settings: Settings) -> None:
 def write_rows(rows: list[dict], plans: list[Plan], file: Path) -> None:
     """Write the dialogues that can be learned, and say how many there are and, in the tiny world, how many answers obey."""
     kept = [(row, plan) for row, plan in zip(rows, plans) if "dropped" not in row]
-    masks = [(gatt_mask if plan.instruction else replay_mask)(row["turns"]) for row, plan in kept]
+    masks = [gatt_mask(row["turns"], earlier=not plan.instruction) for row, plan in kept]
     lines = [json.dumps(row | {"is_answer": mask}) + "\n" for (row, _), mask in zip(kept, masks)]
     replace_file(file, "".join(lines).encode())
     n, turns = sum(bool(plan.instruction) for _, plan in kept), sum(len(plan.users) for _, plan in kept)
