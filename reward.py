@@ -591,6 +591,7 @@ class Pair(NamedTuple):
 
     @property
     def length(self) -> int:
+        """Tokens of the longer of the two."""
         return max(len(self.chosen), len(self.rejected))
 
 

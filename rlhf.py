@@ -215,8 +215,8 @@ def load_judges(helpfulness: str, safety: str, ranks: Ranks) -> Judges:
     return Judges(*(load_judge(folder, ranks) for folder in (helpfulness, safety)))
 
 
-def answer_all(speaker: Speaker, judges: Judges, prompts: list[dict], numbers: range, settings, seed: int,
-               temperature: float) -> list[dict]:
+def answer_all(speaker: Speaker, judges: Judges, prompts: list[dict], numbers: range,
+               settings: "Settings | Curves", seed: int, temperature: float) -> list[dict]:
     """K answers to each of the prompts with these numbers, and what the reward models say: one dictionary a prompt.
 
     What is drawn depends on a prompt's number, the seed and the models alone.
