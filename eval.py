@@ -61,7 +61,7 @@ from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length
                     in_parts, is_number, load_speaker, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
 from reward import picture as axes_of
 from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl
-from sft import are_ids, read_rows, toy_messages
+from sft import are_ids, prompt_messages, read_rows
 from tokenizer import Tokenizer, TokenizerError, parse_json
 
 # ---------------------------------------------------------------------------------------------- likelihoods
@@ -1028,7 +1028,7 @@ def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judge
                   settings: Versions, ranks: Ranks) -> dict[str, np.ndarray]:
     """What the annotators and the reward models say of a model's greedy answers: name → (prompts,). Writes the answers."""
     speaker = load_speaker(run, ranks)
-    asked = [speaker.prompt_ids(toy_messages(prompt)) for prompt in prompts]
+    asked = [speaker.prompt_ids(prompt_messages(prompt)) for prompt in prompts]
     said = generate(speaker.model, asked, settings.max_new_tokens, temperature=0, stop=(speaker.tokenizer.eos_id,))
     texts = [speaker.tokenizer.decode(ids).strip() for ids in said]
     rows = [before + ids for before, ids in zip(asked, said)]
@@ -1198,7 +1198,7 @@ def judge_prompts(settings: Judge) -> list[dict]:
         found = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     else:
         found = toy.unsafe_prompts(world, "test")
-    found = [prompt | {"messages": toy_messages(prompt)} for prompt in found]
+    found = [prompt | {"messages": prompt_messages(prompt)} for prompt in found]
     before = [{"role": "system", "content": settings.system}]
     return found + [prompt | {"messages": before + prompt["messages"]} for prompt in found
                     if settings.system and prompt["messages"][0]["role"] != "system"]
@@ -1628,7 +1628,7 @@ def safety(settings: Safety) -> None:
         settings = replace(settings, world=world_of(settings.runs[0]))
     out, world = Path(settings.out), tiny_world(settings.world)
     prompts, found, scores = safety_prompts(world), {}, {}
-    dialogs = [toy_messages(prompt) for prompt in prompts]
+    dialogs = [prompt_messages(prompt) for prompt in prompts]
     if settings.rewards:
         parents = parents_of([*settings.rewards, *settings.runs])
     else:
@@ -1794,7 +1794,7 @@ def diversity(settings: Diversity) -> None:
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.runs[0]))
     out, world, found = Path(settings.out), tiny_world(settings.world), {}
-    dialogs = [toy_messages(prompt) for kind in ASKED.values()
+    dialogs = [prompt_messages(prompt) for kind in ASKED.values()
                for prompt in toy.prompts(world, settings.n_prompts, settings.seed, "test", [kind])]
     with opened(settings, "diversity", {run: parent_of(run).fingerprint for run in settings.runs}) as ranks:
         for i, run in enumerate(settings.runs):

@@ -45,7 +45,7 @@ from model import KVCache, Transformer, apply_rope, generate, load_weights, read
 from pretrain import (COLOURS, InputError, claim, command_line, cpu_group, interval, locked, open_run, parent_of,
                       replace_file, sources, spool_stdin, start, tiny_world, world_of)
 from reward import RewardModel, Speaker, in_parts, load_judge, load_speaker, parents_of, picture, score_rows, whiskers
-from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
+from sft import Tuning, fine_tune, prompt_messages, read_dialogs, toy_sources
 from tokenizer import Tokenizer, dialog_turns, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -156,7 +156,7 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
             (topic,) = rng.choice(world.slots["unsafe"]["train"])
             users, system = [rng.choice(toy.WORDINGS["unsafe"]).format(topic)], [rng.choice(toy.PREPROMPTS)]
         elif kind < 3 / 16:
-            asked = toy_messages(toy.draw_prompt(world, rng, kinds=["unsafe"]))
+            asked = prompt_messages(toy.draw_prompt(world, rng, kinds=["unsafe"]))
             users, system = [message["content"] for message in asked if message["role"] == "user"], [""]
         else:
             turns = rng.choice((20, rng.randint(7, 20))) if rng.random() < long else rng.randint(1, 6)

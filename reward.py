@@ -41,7 +41,7 @@ from model import PRESETS, ModelConfig, Transformer, generate, load_weights, rea
 from pretrain import (COLOURS, Common, InputError, Parent, Ranks, adamw, build, claim, command_line, cpu_group,
                       file_fingerprint, interval, load_model, locked, open_run, parent_of, permute, print_settings,
                       replace_file, run_config, set_weights, start, tiny_world, train, world_of)
-from sft import are_ids, messages_of, read_rows, toy_messages, typed
+from sft import are_ids, messages_of, prompt_messages, read_rows, typed
 from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
 
 RATINGS = tuple(toy.RATINGS)  # significantly better, better, slightly better, negligibly better (or unsure); §3.2.1
@@ -155,7 +155,7 @@ def sample_pairs(speakers: list[Speaker], prompts: list[dict], first: int, setti
     variants = [(who, float(temperature)) for who in range(len(speakers)) for temperature in settings.temperatures]
     rows = []
     for number, prompt in enumerate(prompts, first):
-        messages = toy_messages(prompt)
+        messages = prompt_messages(prompt)
         rows.append({"prompt": messages, "about": {key: value for key, value in prompt.items() if key != "prompt"},
                      "prompt_ids": speakers[0].tokenizer.encode_dialog(messages)[0], "responses": ["", ""],
                      "response_ids": [[], []], "variants": Random(f"{seed}/{number}").sample(variants, 2)})
@@ -207,7 +207,7 @@ def file_prompts(file: str) -> list[dict]:
         try:
             if isinstance(record, InputError):  # the line is no JSON
                 raise record
-            if not isinstance(record, dict) or "prompt" not in record or dialog_turns(toy_messages(record))[-1][1] is not None:
+            if not isinstance(record, dict) or "prompt" not in record or dialog_turns(prompt_messages(record))[-1][1] is not None:
                 raise InputError('needs a "prompt", a text or messages of which the user has the last')
             for key, (kind, name) in PROMPT_KEYS.items():
                 if not isinstance(record.get(key), kind | None):
@@ -523,7 +523,7 @@ def comparisons(record: object) -> list[dict]:
         messages = messages_of(record)
         chosen, rejected = (side.get("value") if isinstance(side, dict) else None for side in (chosen, rejected))
     elif "prompt" in record:
-        messages = toy_messages(record)
+        messages = prompt_messages(record)
     elif isinstance(chosen, str) and isinstance(rejected, str):  # Anthropic
         (*messages, chosen), (*other, rejected) = read_transcript(chosen), read_transcript(rejected)
         if messages != other:

@@ -46,7 +46,7 @@ from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, Sourc
                       world_of)
 from reward import (HEAD, RewardModel, Speaker, file_prompts, held_out, in_parts, load_judge, load_speaker, padded, pair_ids,
                     parents_of, picture, read_named, safety_labels, score_rows, sigmoid, whiskers)
-from sft import Tuning, fine_tune, read_dialogs, read_rows, toy_messages, toy_sources
+from sft import Tuning, fine_tune, prompt_messages, read_dialogs, read_rows, toy_sources
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -221,7 +221,7 @@ def answer_all(speaker: Speaker, judges: Judges, prompts: list[dict], numbers: r
 
     What is drawn depends on a prompt's number, the seed and the models alone.
     """
-    asked = [speaker.prompt_ids(toy_messages(prompts[i])) for i in numbers]
+    asked = [speaker.prompt_ids(prompt_messages(prompts[i])) for i in numbers]
     drawn = generate(speaker.model, asked, settings.max_new_tokens, temperature, 1.0, (speaker.tokenizer.eos_id,), seed,
                      settings.n_samples, rows=numbers)
     r_h, r_s = judges.score([asked[j // settings.n_samples] + ids for j, ids in enumerate(drawn)])
@@ -379,7 +379,7 @@ def make_pool(settings: Settings, prompts: list[dict], earlier: list[Path], rank
     scores = combined(rows, prompts, threshold, tokenizer.eos_id)  # (prompts, K)
     best, models = [], [settings.helpfulness, settings.harmlessness]
     for row, mine, k in zip(rows, scores, pick(scores, settings.select, settings.seed)):
-        prompt, messages = prompts[row["number"]], toy_messages(prompts[row["number"]])
+        prompt, messages = prompts[row["number"]], prompt_messages(prompts[row["number"]])
         if not np.isfinite(mine[k]):
             continue  # not one of its answers came to an end
         best.append({"id": prompt.get("id") or f"{zlib.crc32(json.dumps(messages).encode()):08x}", "prompt": messages,
@@ -765,7 +765,7 @@ def sample_answers(policy: Transformer, prompts: list[dict], seed: int, tokenize
                    ranks: Ranks) -> tuple[list[list[int]], list[list[int]]]:
     """The ids of prompts, and of one answer to each, with EOS if it came. The ranks share the work; all get all."""
     room = settings.seq_len - settings.max_new_tokens
-    ids = [tokenizer.encode_dialog(toy_messages(prompt))[0][-room:] for prompt in prompts]
+    ids = [tokenizer.encode_dialog(prompt_messages(prompt))[0][-room:] for prompt in prompts]
     mine = range(ranks.rank, len(ids), ranks.world_size)
     with gathered(policy, compute_dtype(settings, ranks)) as whole:  # sharded weights sample some 20 times slower (§3.2.3)
         drawn = generate(whole, [ids[i] for i in mine], settings.max_new_tokens, settings.temperature,
@@ -1112,7 +1112,7 @@ def answer_under_preprompts(speaker: Speaker, judge: RewardModel, prompts: list[
     """
     asked, rows = [], []
     for i in numbers:
-        messages = toy_messages(prompts[i])
+        messages = prompt_messages(prompts[i])
         template = prompts[i].get("template") or toy.TEMPLATES.get(prompts[i].get("category"))
         for kind, preprompt in zip(KINDS, ("", settings.generic[i % len(settings.generic)], template)):
             if preprompt is not None:
@@ -1147,7 +1147,7 @@ def make_distilled(settings: Distill, prompts: list[dict], ranks: Ranks) -> None
             plain, plain_text = row, text
             continue
         ended, prompt = row["response_ids"][-1:] == [tokenizer.eos_id], prompts[row["number"]]
-        found.append({"number": row["number"], "prompt": toy_messages(prompt), "plain": plain_text, "kind": row["kind"],
+        found.append({"number": row["number"], "prompt": prompt_messages(prompt), "plain": plain_text, "kind": row["kind"],
                       "preprompt": row["preprompt"], "answer": text, "plain_score": plain["score"], "score": row["score"],
                       "kept": ended and passes(plain["score"], row["score"], settings.gate)})
         if not settings.prompts:

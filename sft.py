@@ -11,7 +11,7 @@ and shows what that costs: every turn opens with BOS, so that a new dialogue loo
 The special token that §3.1 puts between prompt and answer is not named there, and the released format has none: [/INST]
 stands in its place (our choice).
 
-Read it in this order: dialogue formats, packing, the survey of a chat model in the tiny world, training, chat.
+Read it in this order: dialogue formats, packing, training, the survey of a chat model in the tiny world, chat.
 """
 import hashlib
 import io
@@ -160,6 +160,13 @@ def messages_of(row: object) -> list[dict]:
     if not isinstance(messages, list):
         raise InputError("its messages are no list")
     return ([{"role": "system", "content": row["system"]}] if row.get("system") not in (None, "") else []) + messages
+
+
+def prompt_messages(prompt: dict) -> list[dict]:
+    """A prompt {"prompt": text or messages, "system": text, if it has one} as messages."""
+    text, system = prompt["prompt"], prompt.get("system")
+    return [{"role": "system", "content": system}] * (system not in (None, "")) + (
+        text if isinstance(text, list) else [{"role": "user", "content": text}])
 
 
 def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str, list[dict] | tuple[list[int], list[bool]]]]:
@@ -333,80 +340,6 @@ def encode_dialogs(found: list[Source], tokenizer: Tokenizer, settings: Settings
         return dict(file)
 
 
-# ---------------------------------------------------------------------------------------------- a chat model in the tiny world
-
-
-class Answer(NamedTuple):
-    """What a model answered to a prompt of toy.py, in what part of the survey, and whether it came to an end by itself."""
-    part: str
-    prompt: dict
-    text: str
-    ended: bool
-
-
-def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[list[dict]],
-                 max_new_tokens: int) -> list[tuple[str, bool]]:
-    """The greedy answer to the last message of each dialogue, and whether it ended with EOS."""
-    prompts = [tokenizer.encode_dialog(messages)[0] for messages in dialogs]
-    answers = generate(model, prompts, max_new_tokens, temperature=0, stop=(tokenizer.eos_id,))
-    return [(tokenizer.decode(answer).strip(), answer[-1] == tokenizer.eos_id) for answer in answers]
-
-
-def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_tokens: int) -> list[Answer]:
-    """Put to a model what no dialogue of the tiny world asks, but for the unsafe topics of training."""
-    rng = Random("survey")
-    obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 200, seed=1, split="test")]
-    for prompt in obeying:
-        prompt["system"] = rng.choice(prompt["constraint"]["texts"])
-    parts = {
-        "all": toy.prompts(world, 300, seed=0, split="test"),  # kinds as people ask them
-        "fact": toy.every(world, "fact", "test"),
-        "sum": toy.every(world, "sum", "test"),
-        "howto": toy.every(world, "howto", "test")[::2],
-        "border": toy.borderline_prompts(world, "test"),
-        "system": obeying,
-        "unsafe, topics of training": toy.every(world, "unsafe", "train"),
-        "unsafe, new topics": toy.every(world, "unsafe", "test"),
-        "unsafe, attacked": rng.sample(toy.unsafe_prompts(world, "test", toy.ATTACKS), 120),
-    }
-    asked = [(part, prompt) for part, prompts in parts.items() for prompt in prompts]
-    answers = chat_answers(model, tokenizer, [toy_messages(prompt) for _, prompt in asked], max_new_tokens)
-    return [Answer(part, prompt, *answer) for (part, prompt), answer in zip(asked, answers)]
-
-
-def toy_messages(prompt: dict) -> list[dict]:
-    """A prompt of toy.py as messages."""
-    text, system = prompt["prompt"], prompt.get("system")
-    return [{"role": "system", "content": system}] * (system not in (None, "")) + (
-        text if isinstance(text, list) else [{"role": "user", "content": text}])
-
-
-def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, float, float]]:
-    """What the annotators of the tiny world think of the answers: figure → (mean, low, high), a bootstrap over prompts."""
-    def share(judge: Callable[[Answer], float], *parts: str) -> tuple[float, float, float]:
-        return interval(np.array([judge(a) for a in answers if a.part in parts], float))
-
-    def knows(answer: Answer) -> bool:
-        return all(world.facts[tuple(fact)].lower() in toy.words(answer.text) for fact in answer.prompt["slots"])
-
-    refuses = lambda a: toy.is_refusal(a.text)  # noqa: E731
-    unsafe = [part for part in dict.fromkeys(a.part for a in answers) if part.startswith("unsafe")]
-    return {
-        "right form": share(lambda a: a.ended and not toy.is_gibberish(world, a.text), "all"),
-        "true helpfulness": share(lambda a: toy.helpfulness(world, a.prompt, a.text), "all"),
-        "facts never asked in training": share(knows, "fact"),
-        "sums": share(lambda a: re.findall(r"\d+", a.text)[-1:] == [str(sum(a.prompt["slots"]))], "sum"),
-        "steps of how-tos never asked": share(lambda a: toy.steps_told(a.prompt["slots"][0], a.text), "howto"),
-        "system prompt obeyed": share(lambda a: toy.obeys(a.prompt["constraint"], a.text), "system"),
-        "refuses the unsafe": share(refuses, unsafe[0]),
-        "refuses the unsafe, new topics": share(refuses, unsafe[1]),
-        "refuses the unsafe, attacked": share(refuses, unsafe[2]),
-        "violations": share(lambda a: toy.is_violation(a.text), *unsafe),
-        "refuses the borderline": share(refuses, "border"),
-        "refuses the harmless": share(refuses, "all"),
-    }
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 # Some documents of pretraining among the dialogues keep what these do not mention from being forgotten (our choice; InstructGPT
@@ -527,6 +460,73 @@ def report_answers(out: Path) -> None:
         print(f"{name:32} " + "  ".join("{:.3f}  [{:.3f}, {:.3f}]".format(*row[name]) for row in (first, last)))
     draw_loss(out)
     print(f"model, metrics, samples and loss curve are in {out}; talk to it with `python sft.py chat {out}`")
+
+
+# ---------------------------------------------------------------------------------------------- a chat model in the tiny world
+
+
+class Answer(NamedTuple):
+    """What a model answered to a prompt of toy.py, in what part of the survey, and whether it came to an end by itself."""
+    part: str
+    prompt: dict
+    text: str
+    ended: bool
+
+
+def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[list[dict]],
+                 max_new_tokens: int) -> list[tuple[str, bool]]:
+    """The greedy answer to the last message of each dialogue, and whether it ended with EOS."""
+    prompts = [tokenizer.encode_dialog(messages)[0] for messages in dialogs]
+    answers = generate(model, prompts, max_new_tokens, temperature=0, stop=(tokenizer.eos_id,))
+    return [(tokenizer.decode(answer).strip(), answer[-1] == tokenizer.eos_id) for answer in answers]
+
+
+def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_tokens: int) -> list[Answer]:
+    """Put to a model what no dialogue of the tiny world asks, but for the unsafe topics of training."""
+    rng = Random("survey")
+    obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 200, seed=1, split="test")]
+    for prompt in obeying:
+        prompt["system"] = rng.choice(prompt["constraint"]["texts"])
+    parts = {
+        "all": toy.prompts(world, 300, seed=0, split="test"),  # kinds as people ask them
+        "fact": toy.every(world, "fact", "test"),
+        "sum": toy.every(world, "sum", "test"),
+        "howto": toy.every(world, "howto", "test")[::2],
+        "border": toy.borderline_prompts(world, "test"),
+        "system": obeying,
+        "unsafe, topics of training": toy.every(world, "unsafe", "train"),
+        "unsafe, new topics": toy.every(world, "unsafe", "test"),
+        "unsafe, attacked": rng.sample(toy.unsafe_prompts(world, "test", toy.ATTACKS), 120),
+    }
+    asked = [(part, prompt) for part, prompts in parts.items() for prompt in prompts]
+    answers = chat_answers(model, tokenizer, [prompt_messages(prompt) for _, prompt in asked], max_new_tokens)
+    return [Answer(part, prompt, *answer) for (part, prompt), answer in zip(asked, answers)]
+
+
+def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, float, float]]:
+    """What the annotators of the tiny world think of the answers: figure → (mean, low, high), a bootstrap over prompts."""
+    def share(judge: Callable[[Answer], float], *parts: str) -> tuple[float, float, float]:
+        return interval(np.array([judge(a) for a in answers if a.part in parts], float))
+
+    def knows(answer: Answer) -> bool:
+        return all(world.facts[tuple(fact)].lower() in toy.words(answer.text) for fact in answer.prompt["slots"])
+
+    refuses = lambda a: toy.is_refusal(a.text)  # noqa: E731
+    unsafe = [part for part in dict.fromkeys(a.part for a in answers) if part.startswith("unsafe")]
+    return {
+        "right form": share(lambda a: a.ended and not toy.is_gibberish(world, a.text), "all"),
+        "true helpfulness": share(lambda a: toy.helpfulness(world, a.prompt, a.text), "all"),
+        "facts never asked in training": share(knows, "fact"),
+        "sums": share(lambda a: re.findall(r"\d+", a.text)[-1:] == [str(sum(a.prompt["slots"]))], "sum"),
+        "steps of how-tos never asked": share(lambda a: toy.steps_told(a.prompt["slots"][0], a.text), "howto"),
+        "system prompt obeyed": share(lambda a: toy.obeys(a.prompt["constraint"], a.text), "system"),
+        "refuses the unsafe": share(refuses, unsafe[0]),
+        "refuses the unsafe, new topics": share(refuses, unsafe[1]),
+        "refuses the unsafe, attacked": share(refuses, unsafe[2]),
+        "violations": share(lambda a: toy.is_violation(a.text), *unsafe),
+        "refuses the borderline": share(refuses, "border"),
+        "refuses the harmless": share(refuses, "all"),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- chat

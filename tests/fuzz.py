@@ -37,7 +37,7 @@ from gatt import draw_instruction, read_constraints
 from model import ModelConfig, ModelError, Transformer, generate, load_hf, load_meta, load_weights, read_any, save_hf
 from pretrain import InputError, Mixture, fingerprint, load_model, parent_of, read_documents, save_model, world_of
 from reward import RewardModel, encode_pairs, file_prompts, held_out, read_pairs
-from sft import encoded_turns, read_dialogs, toy_messages
+from sft import encoded_turns, prompt_messages, read_dialogs
 from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError, read_texts
 from tokenizer import main as tokenizer_main
 
@@ -139,7 +139,7 @@ def good_files(base: Path) -> dict[str, Format]:
         "documents": lambda file: [tokenizer.encode(text, True, True) for text in read_documents(str(file))],
         "dialogs": lambda file: [encoded_turns(tokenizer, row) for _, row in read_dialogs(str(file))],
         "pairs": lambda file: encode_pairs(read_pairs((str(file),))[0], tokenizer, 256, "small"),
-        "prompts": lambda file: [tokenizer.encode_dialog(toy_messages(row)) for row in sum(held_out(file_prompts(str(file))), [])],
+        "prompts": lambda file: [tokenizer.encode_dialog(prompt_messages(row)) for row in sum(held_out(file_prompts(str(file))), [])],
         "constraints": constraints, "samples": samples,
         "messages": messages,
     }
