@@ -749,7 +749,7 @@ def cut_items(model: Transformer, tokenizer: Tokenizer, items: list[Item], task:
     """How many questions do not fit the context with all their examples, so that their beginnings are cut off."""
     room = model.config.max_seq_len + 1 if items[0].pairs else prompt_room(model, task)
     texts = [["".join(pair) for pair in item.pairs] or [item.prompt] for item in items]
-    return sum(max(map(len, tokenizer.encode_batch(few, bos=True, eos=False))) > room for few in texts)
+    return sum(max(map(len, tokenizer.encode(few, bos=True, eos=False))) > room for few in texts)
 
 
 def prompt_room(model: Transformer, task: Task) -> int:
@@ -819,7 +819,7 @@ def perplexity(settings: Perplexity) -> None:
     for file in files:
         is_text = not file.removesuffix(".gz").endswith(".jsonl")
         documents = ["".join(line for _, line in read_lines(file))] if is_text else list(read_documents(file))
-        pieces = [([tokenizer.bos_id, *ids[i : i + length]], 1) for ids in tokenizer.encode_batch(documents, bos=False, eos=False)
+        pieces = [([tokenizer.bos_id, *ids[i : i + length]], 1) for ids in tokenizer.encode(documents, bos=False, eos=False)
                   for i in range(0, len(ids), length)]
         if not pieces:
             raise InputError(f"{file}: the file is empty")

@@ -555,7 +555,7 @@ def load_tokenizer(path: Path, dtype: np.dtype) -> None:
 def encode_documents(texts: list[str]) -> list[tuple[np.ndarray, int]]:
     """In a worker process: of each text that is not empty, its ids between BOS and EOS (our choice), and its bytes."""
     texts = [text for text in texts if text]
-    encoded = encode_documents.tokenizer.encode_batch(texts, bos=True, eos=True)
+    encoded = encode_documents.tokenizer.encode(texts, bos=True, eos=True)
     return [(np.array(ids, encode_documents.dtype), len(text.encode())) for text, ids in zip(texts, encoded)]
 
 

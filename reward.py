@@ -371,7 +371,7 @@ def stats(settings: Stats) -> None:
             asked = [message["content"] for message in pair["prompt"] if message["role"] == "user"]
             said = [message["content"] for message in pair["prompt"] if message["role"] != "user"]
             texts = [*asked, *said, pair["chosen"], pair["rejected"]]
-            lengths = [len(ids) for ids in tokenizer.encode_batch(texts, bos=False, eos=False)]
+            lengths = [len(ids) for ids in tokenizer.encode(texts, bos=False, eos=False)]
             turns.append(len(asked))
             prompts += lengths[: len(asked)]
             responses += lengths[-2:]

@@ -37,7 +37,7 @@ from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Parent, Ranks, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint,
                       gathered, interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings,
                       rank_0_first, read_lines, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
-from tokenizer import Tokenizer, TokenizerError, dialog_turns, parse_json
+from tokenizer import TextStream, Tokenizer, TokenizerError, dialog_turns, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -626,7 +626,7 @@ def chat(settings: Chat) -> None:
 
 def stream_answer(model: Transformer, tokenizer: Tokenizer, tokens: list[int], settings: Chat, seed: int) -> str:
     """Print an answer as it comes and return it; Ctrl-C cuts it short."""
-    stream, said = tokenizer.stream(), ""
+    stream, said = TextStream(tokenizer), ""
 
     def show(text: str) -> None:
         nonlocal said

@@ -99,16 +99,15 @@ class Tokenizer:
         if min(self.bos_id, self.eos_id) < 0:
             raise TokenizerError(f"{path} lacks a BOS or EOS token: train it with both, as Llama needs them")
 
-    def encode(self, text: str, bos: bool, eos: bool, **options) -> list[int]:
-        """Ids of a text, with BOS and EOS if asked; "<s>" in it stays plain text. Raises TokenizerError for no text."""
+    def encode(self, text: str | list[str], bos: bool, eos: bool) -> list[int] | list[list[int]]:
+        """Ids of a text, or of each of several, with BOS and EOS if asked; "<s>" in it stays plain text.
+
+        Raises TokenizerError for what is no text.
+        """
         try:
-            return self._model.encode(text, add_bos=bos, add_eos=eos, **options)
+            return self._model.encode(text, add_bos=bos, add_eos=eos, num_threads=1)  # by default it takes all cores for several
         except (RuntimeError, TypeError):  # JSON's "\ud83d" makes a str that UTF-8 cannot hold
             raise TokenizerError("the input is no text or has half a surrogate pair: remove that") from None
-
-    def encode_batch(self, texts: list[str], bos: bool, eos: bool, threads: int = 1) -> list[list[int]]:
-        """The same ids as `encode` text by text, in one call of SentencePiece that can use threads."""
-        return self.encode(texts, bos, eos, num_threads=threads)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of ids. Control tokens and pads (-1 in the released batches) are skipped, bad UTF-8 is U+FFFD.
@@ -120,10 +119,6 @@ class Tokenizer:
     def pieces(self, tokens: Iterable[int]) -> list[str]:
         """The vocabulary entry of each id: U+2581 stands for a space, "<0x0A>" for a byte. Raises as `decode`."""
         return [self._model.id_to_piece(int(token)) for token in tokens]
-
-    def stream(self) -> "TextStream":
-        """A decoder that takes one token at a time."""
-        return TextStream(self)
 
     def encode_dialog(self, messages: Sequence[dict], escape: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a dialogue, and for each whether it is part of an answer, EOS included. Raises as `dialog_turns`."""
@@ -200,10 +195,12 @@ def training_lines(texts: Iterable[str], size: int) -> list[str]:
 
 
 class TextStream:
-    """Decoding for chat: what `push` returns, joined, plus `flush` at the end, equals decode(all tokens)."""
+    """Decoding for chat, a token at a time: what `push` returns, joined, plus `flush` at the end, equals decode(all tokens)."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._decode, self._shown, self._waiting = tokenizer.decode, [], []  # tokens: shown last, not yet shown
+        self._decode = tokenizer.decode
+        self._shown: list[int] = []  # tokens: those shown last
+        self._waiting: list[int] = []  # those not yet shown
 
     def push(self, token: int) -> str:
         """Take one token and return the text that is certain now, "" within a multibyte character."""

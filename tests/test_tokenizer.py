@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tokenizer import (TAGS, TOY_SYMBOLS, Tokenizer, TokenizerError, escape_tags, main,  # noqa: E402
+from tokenizer import (TAGS, TOY_SYMBOLS, TextStream, Tokenizer, TokenizerError, escape_tags, main,  # noqa: E402
                        read_texts)
 
 SCRIPT = Path(__file__).parent.parent / "tokenizer.py"
@@ -105,8 +105,7 @@ def test_decode_gives_back_what_was_encoded(plain, toy):
 def test_a_batch_is_its_texts_one_by_one(plain):
     for bos, eos in [(False, False), (True, False), (False, True), (True, True)]:
         one_by_one = [plain.encode(text, bos, eos) for text in TRICKY]
-        assert plain.encode_batch(TRICKY, bos, eos) == one_by_one
-        assert plain.encode_batch(TRICKY, bos, eos, threads=3) == one_by_one
+        assert plain.encode(TRICKY, bos, eos) == one_by_one
 
 
 def test_a_stream_says_what_decode_says(toy):
@@ -118,12 +117,12 @@ def test_a_stream_says_what_decode_says(toy):
         tokens += generator.choices(range(8, 264), k=5)  # bytes
         if generator.random() < 0.5:
             generator.shuffle(tokens)
-        stream = toy.stream()
+        stream = TextStream(toy)
         assert "".join([*map(stream.push, tokens), stream.flush()]) == toy.decode(tokens), tokens
 
 
 def test_a_stream_holds_back_half_a_character_and_nothing_more(plain):
-    stream = plain.stream()
+    stream = TextStream(plain)
     pushed = [stream.push(token) for token in plain.encode("🙂1", bos=False, eos=False)]
     assert pushed == ["", "", "", "", "🙂", "1"] and stream.flush() == ""
 
@@ -250,6 +249,6 @@ def test_show_marks_answer_tokens_with_a_star_and_color_only_if_asked(tmp_path, 
 
 
 def test_half_a_surrogate_pair_is_refused(plain):
-    for attempt in (plain.encode, lambda text, bos, eos: plain.encode_batch([text], bos, eos)):
+    for attempt in (plain.encode, lambda text, bos, eos: plain.encode([text], bos, eos)):
         with pytest.raises(TokenizerError, match="surrogate"):
             attempt("a\ud83d", False, False)
