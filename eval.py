@@ -55,14 +55,14 @@ from tqdm import tqdm
 import toy
 from model import IGNORE, ModelConfig, Transformer, count_parameters, generate, load_weights, read_any
 from pretrain import (COLOURS, FREE, InputError, Ranks, carbon, checkpoints, claim, command_line, cores, file_fingerprint,
-                      interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents, read_lines,
+                      interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents,
                       replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world, training_curve, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
                     in_parts, is_number, load_speaker, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
 from reward import picture as axes_of
 from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl
 from sft import are_ids, prompt_messages, read_rows
-from tokenizer import Tokenizer, TokenizerError, parse_json
+from tokenizer import Tokenizer, parse_json, read_lines
 
 # ---------------------------------------------------------------------------------------------- likelihoods
 
@@ -399,11 +399,10 @@ def task_rows(file: str, columns: tuple[str, ...] | None) -> Iterator[tuple[str,
 
 def data_rows(file: str) -> Iterator[tuple[str, object]]:
     """The rows of an object {"Data": [...]}, TriviaQA's form; nothing if the file is none."""
+    text = "".join(line for _, line in read_lines(file))
     try:
-        data = parse_json("".join(line for _, line in read_lines(file)))["Data"]
-    except (LookupError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        data = parse_json(text)["Data"]
+    except (LookupError, TypeError, ValueError):
         return
     yield from ((f"{file}, row {number}", row) for number, row in enumerate(data, 1))
 
@@ -2054,7 +2053,7 @@ def read_samples(settings: Contamination) -> tuple[list[np.ndarray], np.ndarray 
                 raise InputError(f'{place}: needs a "prompt", the whole text that a model is asked, or its "tokens"')
             try:
                 tokens = tokenizer().encode(text, bos=False, eos=False)
-            except TokenizerError as error:
+            except InputError as error:
                 raise InputError(f"{place}: {error}") from None
         if not are_ids(tokens):
             raise InputError(f'{place}: "tokens" must be a list of ids, not empty')

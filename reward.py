@@ -42,7 +42,7 @@ from pretrain import (COLOURS, Common, InputError, Parent, Ranks, adamw, build, 
                       file_fingerprint, interval, load_model, locked, open_run, parent_of, permute, print_settings,
                       replace_file, run_config, set_weights, start, tiny_world, train, world_of)
 from sft import are_ids, messages_of, prompt_messages, read_rows, typed
-from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
+from tokenizer import Tokenizer, dialog_turns, escape_tags
 
 RATINGS = tuple(toy.RATINGS)  # significantly better, better, slightly better, negligibly better (or unsure); §3.2.1
 SAFETY = {"chosen safe": (1, -1), "both safe": (1, 1), "both unsafe": (-1, -1)}  # §3.2.1's bins: 1 is safe, -1 unsafe
@@ -212,7 +212,7 @@ def file_prompts(file: str) -> list[dict]:
             for key, (kind, name) in PROMPT_KEYS.items():
                 if not isinstance(record.get(key), kind | None):
                     raise InputError(f'"{key}" is {record[key]!r:.60}, not {name}')
-        except (TokenizerError, InputError) as error:
+        except InputError as error:
             raise InputError(f"{place}: {error}; mend or drop the row") from None
         found.append(record)
     return found
@@ -498,7 +498,7 @@ def read_pairs(files: tuple[str, ...]) -> tuple[list[dict], Counter]:
         for place, record in read_rows(file):
             try:
                 found = comparisons(record)
-            except (InputError, TokenizerError) as error:
+            except InputError as error:
                 raise InputError(f"{place}: {error}; mend or drop the row") from None
             pairs += [pair for pair in found if not unusable(pair)]
             dropped.update(filter(None, map(unusable, found)))
@@ -513,7 +513,7 @@ def unusable(pair: dict) -> str:
 
 
 def comparisons(record: object) -> list[dict]:
-    """The comparisons that one row of a file makes; InputError or TokenizerError says what is wrong with it."""
+    """The comparisons that one row of a file makes; InputError says what is wrong with it."""
     if isinstance(record, InputError):  # the line is no JSON
         raise record
     if not isinstance(record, dict):

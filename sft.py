@@ -36,8 +36,8 @@ import toy
 from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Parent, Ranks, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint,
                       gathered, interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings,
-                      rank_0_first, read_lines, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
-from tokenizer import TextStream, Tokenizer, TokenizerError, dialog_turns, parse_json
+                      rank_0_first, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
+from tokenizer import TextStream, Tokenizer, dialog_turns, parse_json, read_lines
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -182,7 +182,7 @@ def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str,
             messages = messages_of(row)
             if dialog_turns(messages)[0][1] is None:
                 raise InputError("has no answer to learn from")
-        except (InputError, TokenizerError) as error:
+        except InputError as error:
             if bad is None:
                 raise InputError(f"{place}: {error}; mend the row, or leave such rows out with --skip_bad_rows") from None
             bad.append(f"{place}: {error}")
@@ -613,7 +613,7 @@ def chat(settings: Chat) -> None:
             asked = [*turns, {"role": "user", "content": line}]
             try:
                 tokens, dropped = fit_context(tokenizer, before + asked, room)
-            except (InputError, TokenizerError) as error:
+            except InputError as error:
                 note(str(error))
                 continue
             if dropped:
