@@ -49,7 +49,7 @@ class Tuning(Common):
     epochs: int | None = None  # passes over the dialogues | 2
     lr: float | None = None  # peak learning rate | 2e-5
     warmup: int | None = None  # steps of linear warm-up; else 3 % of all, at least 5, as in §3.2.2 (our choice) | not stated
-    lr_floor: float | None = None  # where the cosine ends, a share of the peak | not stated; 0.1 in pretraining
+    lr_floor: float | None = None  # where the cosine ends, a share of the peak (our choice) | not stated; 0.1 in pretraining
     grad_clip: float = 1.0  # largest norm of the gradient | not stated; 1.0 in pretraining
     batch_size: int | None = None  # rows of a step, over all ranks | 64
     seq_len: int | None = None  # tokens of a row | 4096
@@ -583,8 +583,10 @@ def chat(settings: Chat) -> None:
     config, weight_of, tokenizer_file = read_any(settings.run)
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    model, tokenizer = load_weights(config, weight_of, dtype).to(device), Tokenizer(tokenizer_file)
-    system, seed = DEFAULT_SYSTEM if settings.default_system else settings.system, settings.seed
+    model = load_weights(config, weight_of, dtype).to(device)
+    tokenizer = Tokenizer(tokenizer_file)
+    system = DEFAULT_SYSTEM if settings.default_system else settings.system
+    seed = settings.seed
     room = config.max_seq_len - min(settings.max_new_tokens, config.max_seq_len // 2)  # for the dialogue
     turns: list[dict] = []
     note = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
