@@ -50,6 +50,7 @@ class StrictJson(json.JSONDecoder):
 
     @staticmethod
     def once(pairs: list[tuple]) -> dict:
+        """The object of these names and values."""
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError("a name stands twice in one object")
@@ -57,6 +58,7 @@ class StrictJson(json.JSONDecoder):
 
     @staticmethod
     def finite(text: str) -> float:
+        """The number that a text writes."""
         if not math.isfinite(value := float(text)):
             raise ValueError(f"{text[:20]} is no number of JSON")
         return value
@@ -79,6 +81,7 @@ class Parser(argparse.ArgumentParser):
     """A command line whose errors are one sentence, without the list of all flags before it."""
 
     def error(self, message: str) -> None:
+        """Raise the message as an InputError."""
         raise InputError(f"{message}; --help lists what there is")
 
 
