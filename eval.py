@@ -58,9 +58,10 @@ from pretrain import (COLOURS, FREE, InputError, Ranks, carbon, checkpoints, cla
                       interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents,
                       replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world, training_curve, world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
-                    in_parts, is_number, load_speaker, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
+                    in_parts, is_number, load_speaker, padded, parents_of, read_pairs, score_rows, sigmoid, whiskers,
+                    win_rate)
 from reward import picture as axes_of
-from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl
+from rlhf import Judges, load_judges, quantile_interval, read_jsonl
 from sft import are_ids, prompt_messages, read_rows
 from tokenizer import Tokenizer, parse_json, read_lines
 

@@ -42,7 +42,7 @@ from torch import Tensor
 
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
-from pretrain import (COLOURS, InputError, claim, command_line, cpu_group, interval, locked, open_run, parent_of,
+from pretrain import (COLOURS, InputError, Ranks, claim, command_line, cpu_group, interval, locked, open_run, parent_of,
                       replace_file, sources, spool_stdin, start, tiny_world, world_of)
 from reward import RewardModel, Speaker, in_parts, load_judge, load_speaker, parents_of, picture, score_rows, whiskers
 from sft import Tuning, fine_tune, prompt_messages, read_dialogs, toy_sources
@@ -307,19 +307,24 @@ def main(settings: Settings) -> None:
         record = open_run(settings, "gatt", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
-        speaker = cache(partial(load_speaker, settings.init, ranks))
-        judge = cache(partial(load_judge, reward, ranks)) if reward else lambda: None
-        constraints = constraints or ask_for_lists(speaker())
         dialogs = (dialog for source in found for dialog in source.documents())
-        plans = make_plans(dialogs, constraints, settings.resampled, settings.replay, settings.seed)
-        draw = lambda rows: synthesize(speaker(), [plans[i] for i in rows], rows.start, settings, judge())  # noqa: E731
-        rows = in_parts(out, "gatt", len(plans), settings.sample_batch, draw, ranks, settings.resume)
-        if ranks.rank == 0:
-            write_rows(rows, plans, out / "gatt.jsonl")
-        dist.barrier(cpu_group())
+        sample_rows(dialogs, constraints, reward, settings, ranks)
         specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, settings.dialogs * 2 // 3, safety=0.06)
         learned = sources([str(out / "gatt.jsonl"), *specs], documents, read_dialogs)
         fine_tune(settings, record, parent, learned, ranks, world if is_toy else None, bad)
+
+
+def sample_rows(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], reward: str, settings: Settings,
+                ranks: Ranks) -> None:
+    """Write OUT/gatt.jsonl. The models that it takes are gone when it returns: fine-tuning needs the room."""
+    speaker = cache(partial(load_speaker, settings.init, ranks))
+    judge = cache(partial(load_judge, reward, ranks)) if reward else lambda: None
+    plans = make_plans(dialogs, constraints or ask_for_lists(speaker()), settings.resampled, settings.replay, settings.seed)
+    draw = lambda rows: synthesize(speaker(), [plans[i] for i in rows], rows.start, settings, judge())  # noqa: E731
+    rows = in_parts(Path(settings.out), "gatt", len(plans), settings.sample_batch, draw, ranks, settings.resume)
+    if ranks.rank == 0:
+        write_rows(rows, plans, Path(settings.out, "gatt.jsonl"))
+    dist.barrier(cpu_group())
 
 
 def write_rows(rows: list[dict], plans: list[Plan], file: Path) -> None:
