@@ -255,6 +255,11 @@ def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     return rows
 
 
+def starts_of(dialogs: dict[str, np.ndarray]) -> np.ndarray:
+    """Where each dialogue begins among the tokens of all: (dialogues,). dialogs: see `encode_dialogs`."""
+    return np.concatenate([[0], dialogs["ends"][:-1]])
+
+
 class PackedDialogs(Rows):
     """Dialogues packed into rows, epoch after epoch; row r is a pure function of r, the dialogues and the seed.
 
@@ -265,7 +270,7 @@ class PackedDialogs(Rows):
         """dialogs: see `encode_dialogs`. weights: (dialogues,), how often each is read in an epoch."""
         self.tokens, self.is_answer, self.ends = dialogs["tokens"], dialogs["is_answer"], dialogs["ends"]
         self.seq_len, self.isolate = seq_len, isolate
-        self.starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        self.starts = starts_of(dialogs)
         lengths, self.members = self.ends - self.starts, []  # members[r]: the dialogues of row r
         for epoch in range(epochs):
             rng = np.random.default_rng([seed, epoch])
@@ -391,8 +396,7 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
     with rank_0_first(ranks):
         dialogs = encode_dialogs(found, tokenizer, settings, bad)
     n = len(dialogs["ends"])
-    first = np.concatenate([[0], dialogs["ends"][:-1]])  # (dialogues,)
-    is_document = dialogs["is_answer"][first + 1]  # a text is learned from its second token on, a dialogue never
+    is_document = dialogs["is_answer"][starts_of(dialogs) + 1]  # a text is learned from its second token on, a dialogue never
     held_out = np.flatnonzero(~is_document)[DIALOGS_PER_HELD_OUT - 1 :: DIALOGS_PER_HELD_OUT]
     held_out = held_out[:: max(1, math.ceil(len(held_out) / MOST_HELD_OUT))]
     is_held_out = np.isin(np.arange(n), held_out)
@@ -439,8 +443,8 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
 def answer_held_out(model: Transformer, tokenizer: Tokenizer, dialogs: dict[str, np.ndarray], held_out: np.ndarray,
                     settings: Settings) -> list[str]:
     """The first prompts of eight held-out dialogues, each with the model's greedy answer."""
-    starts = [dialogs["ends"][i - 1] if i else 0 for i in held_out[:8]]
-    prompts = [dialogs["tokens"][start : start + dialogs["is_answer"][start:].argmax()].tolist() for start in starts]
+    prompts = [dialogs["tokens"][start : start + dialogs["is_answer"][start:].argmax()].tolist()
+               for start in starts_of(dialogs)[held_out[:8]]]
     answers = generate(model, prompts, settings.sample_tokens, temperature=0, stop=(tokenizer.eos_id,))
     return [tokenizer.decode(prompt + answer).strip() for prompt, answer in zip(prompts, answers)]
 
