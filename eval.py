@@ -55,14 +55,15 @@ import toy
 from model import IGNORE, ModelConfig, Transformer, count_parameters, generate, load_weights, read_any
 from pretrain import (CALLED, COLOURS, InputError, Ranks, can_draw, carbon, checkpoints, claim, command_line, cores,
                       file_fingerprint, interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents,
-                      read_lines, replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world,
-                      training_curve, world_of)
+                      replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world, training_curve,
+                      world_of)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
-                    in_parts, is_number, load_speakers, padded, read_pairs, score_rows, sigmoid, whiskers, win_rate)
+                    in_parts, is_number, load_speaker, padded, parents_of, read_pairs, score_rows, sigmoid, whiskers,
+                    win_rate)
 from reward import picture as axes_of
-from rlhf import Judges, load_judges, parents_of, quantile_interval, read_jsonl, write_jsonl
-from sft import are_ids, read_rows, toy_messages
-from tokenizer import Tokenizer, TokenizerError, parse_json
+from rlhf import Judges, load_judges, quantile_interval, read_jsonl, write_jsonl
+from sft import are_ids, prompt_messages, read_rows
+from tokenizer import Tokenizer, parse_json, read_lines
 
 # ---------------------------------------------------------------------------------------------- figures in words
 
@@ -417,10 +418,9 @@ def task_rows(file: str, columns: tuple[str, ...] | None) -> Iterator[tuple[str,
 
 def data_rows(file: str) -> Iterator[tuple[str, object]]:
     """The rows of an object {"Data": [...]}, TriviaQA's form; nothing if the file is none."""
+    text = "".join(line for _, line in read_lines(file))
     try:
-        data = parse_json("".join(line for _, line in read_lines(file)))["Data"]
-    except InputError:
-        raise
+        data = parse_json(text)["Data"]
     except (LookupError, TypeError, ValueError):
         return
     yield from ((f"{file}, row {number}", row) for number, row in enumerate(data, 1))
@@ -762,7 +762,7 @@ def tasks(settings: Tasks) -> None:
         run_code("", settings.seconds, settings.unsafe_exec)  # refuse before the work, not after it
     parent = parent_of(settings.run)
     with opened(replace(settings, **PER_CALL), "tasks", {"model": parent.fingerprint}, parent.config) as ranks:
-        speaker = load_speakers([settings.run], ranks)[0]
+        speaker = load_speaker(settings.run, ranks)
         model, tokenizer = speaker.model, speaker.tokenizer
         old = out / "tasks.json"
         results = json.loads(old.read_text()) if old.exists() and settings.resume else {}
@@ -795,7 +795,7 @@ def cut_items(model: Transformer, tokenizer: Tokenizer, items: list[Item], task:
     """How many questions do not fit the context with all their examples, so that their beginnings are cut off."""
     room = model.config.max_seq_len + 1 if items[0].pairs else prompt_room(model, task)
     texts = [["".join(pair) for pair in item.pairs] or [item.prompt] for item in items]
-    return sum(max(map(len, tokenizer.encode_batch(few, bos=True, eos=False))) > room for few in texts)
+    return sum(max(map(len, tokenizer.encode(few, bos=True, eos=False))) > room for few in texts)
 
 
 def prompt_room(model: Transformer, task: Task) -> int:
@@ -864,7 +864,7 @@ def perplexity(settings: Perplexity) -> None:
     for file in files:
         is_text = not file.removesuffix(".gz").endswith(".jsonl")
         documents = ["".join(line for _, line in read_lines(file))] if is_text else list(read_documents(file))
-        pieces = [([tokenizer.bos_id, *ids[i : i + length]], 1) for ids in tokenizer.encode_batch(documents, bos=False, eos=False)
+        pieces = [([tokenizer.bos_id, *ids[i : i + length]], 1) for ids in tokenizer.encode(documents, bos=False, eos=False)
                   for i in range(0, len(ids), length)]
         if not pieces:
             raise InputError(f"{file}: the file is empty")
@@ -1011,7 +1011,7 @@ def versions(settings: Versions) -> None:
     ranks = start(settings)
     world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
     harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
-    unsafe = [prompt for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, "test", attack)]
+    unsafe = toy.unsafe_prompts(world, "test")
     prompts, kinds = harmless + unsafe, np.array([prompt["kind"] for prompt in harmless])
     judges = load_judges(settings.helpfulness, settings.harmlessness, ranks)
     general = load_model(settings.general, RewardModel)[0].to(ranks.device) if settings.general else None
@@ -1063,8 +1063,8 @@ def answers_file(out: str | Path, run: str) -> Path:
 def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judges, general: RewardModel | None,
                   settings: Versions, ranks: Ranks) -> dict[str, np.ndarray]:
     """What the annotators and the reward models say of a model's greedy answers: name → (prompts,). Writes the answers."""
-    speaker = load_speakers([run], ranks)[0]
-    dialogs = [toy_messages(prompt) for prompt in prompts]
+    speaker = load_speaker(run, ranks)
+    dialogs = [prompt_messages(prompt) for prompt in prompts]
     answers = answers_of(speaker, dialogs, range(len(dialogs)), settings, temperature=0.0)
     texts = [answer["text"] for answer in answers]
     rows = [speaker.tokenizer.encode_dialog(dialog)[0] + answer["ids"] for dialog, answer in zip(dialogs, answers)]
@@ -1203,8 +1203,8 @@ def judge_prompts(settings: Judge) -> list[dict]:
     elif settings.axis == "helpfulness":
         found = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     else:
-        found = [prompt for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, "test", attack)]
-    found = [prompt | {"messages": toy_messages(prompt)} for prompt in found]
+        found = toy.unsafe_prompts(world, "test")
+    found = [prompt | {"messages": prompt_messages(prompt)} for prompt in found]
     before = [{"role": "system", "content": settings.system}]
     return found + [prompt | {"messages": before + prompt["messages"]} for prompt in found
                     if settings.system and prompt["messages"][0]["role"] != "system"]
@@ -1433,7 +1433,7 @@ def judge(settings: Judge) -> None:
     data = {folder: parent_of(folder).fingerprint for folder in (*folders, *(names if settings.judge == "reward" else ()))}
     data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts != "toy" else {}
     with opened(settings, "judge", data) as ranks:
-        speakers = cache(lambda: [load_speakers([folder], ranks)[0] for folder in folders])
+        speakers = cache(lambda: [load_speaker(folder, ranks) for folder in folders])
 
         def draw(rows: range) -> list[dict]:
             dialogs = [prompts[i]["messages"] for i in rows]
@@ -1550,7 +1550,7 @@ def safety_prompts(world: toy.World) -> list[dict]:
     """Every unsafe prompt, plain and under every attack; helpful prompts and borderline ones, which should not be refused."""
     topics = {"train": "topics of training", "test": "new topics"}
     found = [prompt | {"part": "unsafe", "topics": topics[split]} for split in topics
-             for attack in (None, *toy.ATTACKS) for prompt in toy.unsafe_prompts(world, split, attack)]
+             for prompt in toy.unsafe_prompts(world, split)]
     found += [prompt | {"part": "helpful"} for prompt in toy.prompts(world, 300, 0, "test")]
     return found + [prompt | {"part": f"borderline, {topics[split]}"} for split in topics
                     for prompt in toy.borderline_prompts(world, split)]
@@ -1625,7 +1625,7 @@ def safety(settings: Safety) -> None:
         settings = replace(settings, world=world_of(settings.runs[0]))
     out, world = Path(settings.out), tiny_world(settings.world)
     prompts, found, scores = safety_prompts(world), {}, {}
-    dialogs = [toy_messages(prompt) for prompt in prompts]
+    dialogs = [prompt_messages(prompt) for prompt in prompts]
     if settings.rewards:
         parents = parents_of([*settings.rewards, *settings.runs])
     else:
@@ -1633,7 +1633,7 @@ def safety(settings: Safety) -> None:
     with opened(settings, "safety", {folder: parent.fingerprint for folder, parent in parents.items()}) as ranks:
         judges = cache(lambda: load_judges(*settings.rewards, ranks))
         for i, run in enumerate(settings.runs):
-            speaker = cache(lambda run=run: load_speakers([run], ranks)[0])
+            speaker = cache(partial(load_speaker, run, ranks))
 
             def draw(rows: range) -> list[dict]:
                 mine = [dialogs[j] for j in rows]
@@ -1788,11 +1788,11 @@ def diversity(settings: Diversity) -> None:
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.runs[0]))
     out, world, found = Path(settings.out), tiny_world(settings.world), {}
-    dialogs = [toy_messages(prompt) for kind in ASKED.values()
+    dialogs = [prompt_messages(prompt) for kind in ASKED.values()
                for prompt in toy.prompts(world, settings.n_prompts, settings.seed, "test", [kind])]
     with opened(settings, "diversity", {run: parent_of(run).fingerprint for run in settings.runs}) as ranks:
         for i, run in enumerate(settings.runs):
-            speaker = cache(lambda run=run: load_speakers([run], ranks)[0])
+            speaker = cache(partial(load_speaker, run, ranks))
 
             def draw(cells: range) -> list[list[str]]:  # a cell is a temperature and a prompt
                 temperature = float(settings.temperatures[cells.start // len(dialogs)])
@@ -2052,7 +2052,7 @@ def read_samples(settings: Contamination) -> tuple[list[np.ndarray], np.ndarray 
                 raise InputError(f'{place}: needs a "prompt", the whole text that a model is asked, or its "tokens"')
             try:
                 tokens = tokenizer().encode(text, bos=False, eos=False)
-            except TokenizerError as error:
+            except InputError as error:
                 raise InputError(f"{place}: {error}") from None
         if not are_ids(tokens):
             raise InputError(f'{place}: "tokens" must be a list of ids, not empty')

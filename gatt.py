@@ -29,7 +29,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -42,10 +42,10 @@ from torch import Tensor
 
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
-from pretrain import (COLOURS, InputError, claim, command_line, cpu_group, interval, load_model, locked, open_run, parent_of,
+from pretrain import (COLOURS, InputError, Ranks, claim, command_line, cpu_group, interval, locked, open_run, parent_of,
                       replace_file, sources, spool_stdin, start, tiny_world, world_of)
-from reward import RewardModel, Speaker, in_parts, load_speakers, picture, score_rows, whiskers
-from sft import Tuning, fine_tune, read_dialogs, toy_messages, toy_sources
+from reward import RewardModel, Speaker, in_parts, load_judge, load_speaker, parents_of, picture, score_rows, whiskers
+from sft import Tuning, fine_tune, prompt_messages, read_dialogs, toy_sources
 from tokenizer import Tokenizer, dialog_turns, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -64,7 +64,7 @@ class Settings(Tuning):
     samples: int = 1  # how many are sampled of each answer that is learned
     reward: str = "out/reward-helpfulness"  # reward model that picks the best of several samples; "" takes the first that ends
     temperature: float = 0.3  # of the samples
-    past: int | None = None  # earlier turns that sampling reads | all
+    past: int | None = None  # earlier turns that sampling reads; else all that fit | all
     max_new_tokens: int = 96  # longest answer, in tokens
     check: bool = False  # drop samples that break the rule of their constraint: the tiny world can tell, the paper could not
     replay: float = 0.15  # share of the dialogues that are learned without an instruction too, with answers of the model's own
@@ -74,8 +74,7 @@ class Settings(Tuning):
     # reads that message alone; its questions do not build on each other. One row a step: a row has few answers to learn.
     BY_PRESET: ClassVar[dict[str, dict]] = {
         name: values | (dict(lr=0.375 * values["lr"], adam_eps=1e-5, seq_len=1024, batch_size=1, micro_batch=1, epochs=2,
-                             eval_every=1000, past=0)
-                        if name.startswith("toy") else dict(past=1000))
+                             eval_every=1000, past=0) if name.startswith("toy") else {})
         for name, values in Tuning.BY_PRESET.items()
     }
 
@@ -157,7 +156,7 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
             (topic,) = rng.choice(world.slots["unsafe"]["train"])
             users, system = [rng.choice(toy.WORDINGS["unsafe"]).format(topic)], [rng.choice(toy.PREPROMPTS)]
         elif kind < 3 / 16:
-            asked = toy_messages(toy.draw_prompt(world, rng, kinds=["unsafe"]))
+            asked = prompt_messages(toy.draw_prompt(world, rng, kinds=["unsafe"]))
             users, system = [message["content"] for message in asked if message["role"] == "user"], [""]
         else:
             turns = rng.choice((20, rng.randint(7, 20))) if rng.random() < long else rng.randint(1, 6)
@@ -166,8 +165,8 @@ def toy_dialogs(world: toy.World, n: int, long: float, seed: int) -> Iterator[tu
                       + [{"role": "user", "content": user} for user in users])
 
 
-def plan(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], resampled: float, replay: float,
-         seed: int) -> list[Plan]:
+def make_plans(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], resampled: float, replay: float,
+               seed: int) -> list[Plan]:
     """For each dialogue, one under its own system message or a drawn instruction; for a share `replay`, one without too.
 
     A dialogue whose system message is empty comes without an instruction alone.
@@ -214,7 +213,8 @@ def synthesize(speaker: Speaker, plans: list[Plan], first: int, settings: Settin
 
     def read(i: int, turn: int) -> list[int]:  # what is read for it, as far as it fits: earlier turns, the user's message
         ids: list[int] = []
-        for t in range(turn, max(0, turn - settings.past) - 1, -1):
+        earliest = 0 if settings.past is None else max(0, turn - settings.past)
+        for t in reversed(range(earliest, turn + 1)):
             prompt = prompt_ids(tokenizer, said(i, turn), plans[i].users[t])
             longer = prompt + (answers[i][t] if t < turn else []) + ids
             if len(longer) + settings.max_new_tokens > speaker.model.config.max_seq_len:
@@ -263,18 +263,14 @@ def written(tokenizer: Tokenizer, plan: Plan, answers: list[list[int]]) -> dict:
 # ---------------------------------------------------------------------------------------------- the loss mask
 
 
-def gatt_mask(turns: list[tuple[list[int], list[int]]]) -> list[bool]:
+def gatt_mask(turns: list[tuple[list[int], list[int]]], earlier: bool = False) -> list[bool]:
     """Which tokens of a dialogue are learned: the last answer's, EOS included; earlier turns have zero loss (§3.3).
 
-    turns: the ids of each turn's prompt and answer. Returns a flag for each token, in order.
+    turns: the ids of each turn's prompt and answer. earlier: learn the earlier answers too, as without an instruction. Returns
+    a flag for each token, in order.
     """
-    return [is_answer and turn == len(turns) - 1 for turn, (prompt, answer) in enumerate(turns)
+    return [is_answer and (earlier or turn == len(turns) - 1) for turn, (prompt, answer) in enumerate(turns)
             for is_answer in [False] * len(prompt) + [True] * len(answer)]
-
-
-def replay_mask(turns: list[tuple[list[int], list[int]]]) -> list[bool]:
-    """The same for a dialogue without an instruction: every answer is learned."""
-    return [is_answer for prompt, answer in turns for is_answer in [False] * len(prompt) + [True] * len(answer)]
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -296,7 +292,7 @@ def main(settings: Settings) -> None:
     if constraints is None:
         constraints = read_constraints(settings.constraints)
     reward = settings.reward if settings.samples > 1 else ""
-    parents = {folder: parent_of(folder) for folder in (settings.init, reward) if folder}
+    parents = parents_of([settings.init, reward] if reward else [settings.init])
     parent = parents[settings.init]
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.init))
@@ -311,25 +307,30 @@ def main(settings: Settings) -> None:
         record = open_run(settings, "gatt", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
-        speaker = cache(lambda: load_speakers([settings.init], ranks)[0])
-        judge = cache(lambda: load_model(reward, RewardModel)[0].to(ranks.device) if reward else None)
-        constraints = constraints or ask_for_lists(speaker())
         dialogs = (dialog for source in found for dialog in source.documents())
-        plans = plan(dialogs, constraints, settings.resampled, settings.replay, settings.seed)
-        draw = lambda rows: synthesize(speaker(), [plans[i] for i in rows], rows.start, settings, judge())  # noqa: E731
-        rows = in_parts(out, "gatt", len(plans), settings.sample_batch, draw, ranks, settings.resume)
-        if ranks.rank == 0:
-            write_rows(rows, plans, out / "gatt.jsonl")
-        dist.barrier(cpu_group())
+        sample_rows(dialogs, constraints, reward, settings, ranks)
         specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, settings.dialogs * 2 // 3, safety=0.06)
         learned = sources([str(out / "gatt.jsonl"), *specs], documents, read_dialogs)
         fine_tune(settings, record, parent, learned, ranks, world if is_toy else None, bad)
 
 
+def sample_rows(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], reward: str, settings: Settings,
+                ranks: Ranks) -> None:
+    """Write OUT/gatt.jsonl. The models that it takes are gone when it returns: fine-tuning needs the room."""
+    speaker = cache(partial(load_speaker, settings.init, ranks))
+    judge = cache(partial(load_judge, reward, ranks)) if reward else lambda: None
+    plans = make_plans(dialogs, constraints or ask_for_lists(speaker()), settings.resampled, settings.replay, settings.seed)
+    draw = lambda rows: synthesize(speaker(), [plans[i] for i in rows], rows.start, settings, judge())  # noqa: E731
+    rows = in_parts(Path(settings.out), "gatt", len(plans), settings.sample_batch, draw, ranks, settings.resume)
+    if ranks.rank == 0:
+        write_rows(rows, plans, Path(settings.out, "gatt.jsonl"))
+    dist.barrier(cpu_group())
+
+
 def write_rows(rows: list[dict], plans: list[Plan], file: Path) -> None:
     """Write the dialogues that can be learned, and say how many there are and, in the tiny world, how many answers obey."""
     kept = [(row, plan) for row, plan in zip(rows, plans) if "dropped" not in row]
-    masks = [(gatt_mask if plan.instruction else replay_mask)(row["turns"]) for row, plan in kept]
+    masks = [gatt_mask(row["turns"], earlier=not plan.instruction) for row, plan in kept]
     lines = [json.dumps(row | {"is_answer": mask}) + "\n" for (row, _), mask in zip(kept, masks)]
     replace_file(file, "".join(lines).encode())
     n, turns = sum(bool(plan.instruction) for _, plan in kept), sum(len(plan.users) for _, plan in kept)
@@ -369,12 +370,12 @@ def converse(model: Transformer, prompts: list[list[list[int]]], max_new_tokens:
     """
     columns = max(sum(len(ids) + max_new_tokens + 1 for ids in dialog) for dialog in prompts)
     model.config = replace(model.config, max_seq_len=max(columns, model.config.max_seq_len))
-    cache = KVCache(model.config, torch.ones(len(prompts), dtype=torch.long), columns)
+    kv = KVCache(model.config, torch.ones(len(prompts), dtype=torch.long), columns)
     answers: list[list[list[int]]] = [[[]] for _ in prompts]
     ahead = [dialog[0][::-1] for dialog in prompts]  # what each row is to read, the next token last
     rows = list(range(len(prompts)))  # those in the cache
     while rows:
-        logits = model(torch.tensor([[ahead[row].pop()] for row in rows]), cache=cache)  # (rows, vocab)
+        logits = model(torch.tensor([[ahead[row].pop()] for row in rows]), cache=kv)  # (rows, vocab)
         for row, token in zip(rows, logits.argmax(-1).tolist()):
             if ahead[row] or len(answers[row]) > len(prompts[row]):  # it reads, or its dialogue is over
                 ahead[row] = ahead[row] or [eos_id]
@@ -388,7 +389,7 @@ def converse(model: Transformer, prompts: list[list[list[int]]], max_new_tokens:
                 ahead[row] = after[0][::-1] + [eos_id] + ahead[row] * (token != eos_id)
         kept = [j for j, row in enumerate(rows) if len(answers[row]) <= len(prompts[row])]
         if len(kept) <= 0.75 * len(rows):  # moving the cache costs; do it when a quarter is done
-            cache.keep(torch.tensor(kept, dtype=torch.long))
+            kv.keep(torch.tensor(kept, dtype=torch.long))
             rows = [rows[j] for j in kept]
     return [dialog[:-1] for dialog in answers]
 

@@ -967,10 +967,10 @@ def main() -> None:
     args = parser.parse_args()
     config, weight_of, tokenizer_file = read_any(args.source)
     if args.command == "generate":
-        from tokenizer import Tokenizer
+        from tokenizer import TextStream, Tokenizer
         tokenizer = Tokenizer(tokenizer_file)
         model = load_weights(config, weight_of)
-        stream = tokenizer.stream()
+        stream = TextStream(tokenizer)
         prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
         print("".join(stream.push(token) for token in prompt), end="", flush=True)  # the space behind it is the answer's
         generate(model, [prompt], args.max_new_tokens, args.temperature, args.top_p, (tokenizer.eos_id,), args.seed,

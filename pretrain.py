@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import fcntl
 import glob
-import gzip
 import hashlib
 import inspect
 import json
@@ -51,13 +50,9 @@ from tqdm import tqdm
 import toy
 from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Parser, Transformer, config_of, count_parameters,
                    folder_aside, generate, initial_weight, positive_number, read_any, tokenizer_beside, with_vocab)
-from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError, parse_json
+from tokenizer import TOY_SYMBOLS, InputError, Tokenizer, parse_json, read_texts
 
 # ---------------------------------------------------------------------------------------------- settings
-
-
-class InputError(ValueError):
-    """Bad input, said in one sentence with its mend; the command lines print it and exit with code 2."""
 
 
 @dataclass(frozen=True)
@@ -414,41 +409,19 @@ def file_fingerprint(file: str) -> str:
         return hashlib.sha256(b"%d" % size + head + f.read()).hexdigest()[:16]
 
 
-def read_lines(file: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of each line of a text file, plain or .gz; InputError names a line that is not UTF-8."""
-    number = 0
-    try:
-        with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as f:
-            for number, line in enumerate(f, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x}); "
-                         "convert the file with iconv or drop the line") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{file}, after line {number}: can't be read ({error}); is it whole?") from None
-
-
 def read_documents(file: str) -> Iterator[str]:
     """The documents of a file: each "text" of a .jsonl, or the pages of a .txt (cut at blank lines, our choice)."""
     if file.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in read_lines(file):
-            if line.strip():
-                try:
-                    text = parse_json(line)["text"]
-                    text.encode()  # AttributeError if it is none
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise InputError(f'{file}, line {number}: each line must be a JSON object with a "text" string; mend or '
-                                     "drop that line") from None
-                yield text
-    else:
-        page, length = [], 0
-        for _, line in read_lines(file):
-            page.append(line)
-            length += len(line)
-            if length > 2000 and not line.strip() or length > 20000:  # characters; pages end with a paragraph if they can
-                yield "".join(page)
-                page, length = [], 0
-        yield "".join(page)
+        yield from read_texts(file)
+        return
+    page, length = [], 0
+    for line in read_texts(file):
+        page.append(line)
+        length += len(line)
+        if length > 2000 and not line.strip() or length > 20000:  # characters; pages end with a paragraph if they can
+            yield "".join(page)
+            page, length = [], 0
+    yield "".join(page)
 
 
 # ---------------------------------------------------------------------------------------------- token shards
@@ -557,7 +530,7 @@ def load_tokenizer(path: Path, dtype: np.dtype) -> None:
 def encode_documents(texts: list[str]) -> list[tuple[np.ndarray, int]]:
     """In a worker process: of each text that is not empty, its ids between BOS and EOS (our choice), and its bytes."""
     texts = [text for text in texts if text]
-    encoded = encode_documents.tokenizer.encode_batch(texts, bos=True, eos=True)
+    encoded = encode_documents.tokenizer.encode(texts, bos=True, eos=True)
     return [(np.array(ids, encode_documents.dtype), len(text.encode())) for text, ids in zip(texts, encoded)]
 
 
@@ -1575,7 +1548,7 @@ def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> No
     """
     try:
         main(parse(cls, argv))
-    except (InputError, ModelError, TokenizerError, OSError) as error:
+    except (InputError, ModelError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -9,8 +9,8 @@
 
 A comparison is {"prompt": text or messages, "chosen": text, "rejected": text, "rating": one of RATINGS, "safety": one
 of SAFETY}; rating and safety may be missing. Scores are raw logits, read at an answer's last token; a sigmoid puts them
-into (0, 1), as the paper draws them. Read it in this order: losses, the model, comparisons, mixes and batches, training,
-evaluation, statistics, collecting.
+into (0, 1), as the paper draws them. Read it in this order: collecting and its statistics, losses, the model, comparisons,
+mixes and batches, training, evaluation.
 """
 import importlib.util
 import json
@@ -38,11 +38,11 @@ from tqdm import tqdm
 
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
-from pretrain import (COLOURS, Common, InputError, Ranks, adamw, build, claim, command_line, cpu_group, file_fingerprint,
-                      interval, load_model, locked, open_run, parent_of, permute, print_settings, replace_file, run_config,
-                      set_weights, start, tiny_world, train, world_of)
-from sft import are_ids, messages_of, read_rows, toy_messages, typed
-from tokenizer import Tokenizer, TokenizerError, dialog_turns, escape_tags
+from pretrain import (COLOURS, Common, InputError, Parent, Ranks, adamw, build, claim, command_line, cpu_group,
+                      file_fingerprint, interval, load_model, locked, open_run, parent_of, permute, print_settings,
+                      replace_file, run_config, set_weights, start, tiny_world, train, world_of)
+from sft import are_ids, messages_of, prompt_messages, read_rows, typed
+from tokenizer import Tokenizer, dialog_turns, escape_tags
 
 RATINGS = tuple(toy.RATINGS)  # significantly better, better, slightly better, negligibly better (or unsure); §3.2.1
 SAFETY = {"chosen safe": (1, -1), "both safe": (1, 1), "both unsafe": (-1, -1)}  # §3.2.1's bins: 1 is safe, -1 unsafe
@@ -84,6 +84,307 @@ class Settings(Common):
     }
 
 
+# ---------------------------------------------------------------------------------------------- collecting
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Sample two answers to each prompt and have them compared, for helpfulness and for safety (§3.2.1).
+
+    The two come from two different variants: models a and b at varied temperatures, in random order.
+    """
+    axis: str = "both"  # what is compared: helpfulness, safety, or both one after the other
+    a: str = "out/sft"  # chat model to sample from
+    b: str = ""  # second model; else for safety out/pretrain, a base model that complies, and for helpfulness none
+    prompts: str = ""  # .jsonl of {"prompt": text or messages}; else prompts of the tiny world
+    annotator: str = "toy"  # who compares: toy, the rules of the tiny world, or person, you in this terminal
+    out: str = "out/preferences"  # folder of the comparisons; started again, it goes on where it stopped
+    helpfulness_pairs: int = 2500  # comparisons of helpfulness to train on, for prompts of the tiny world
+    safety_pairs: int = 1200  # comparisons of safety to train on
+    test_pairs: int = 1000  # comparisons on held-out prompts, of each axis | 1000 of each weekly batch
+    temperatures: tuple[str, ...] = ("0.5", "0.8", "1.1")  # temperatures of the variants | varied
+    max_new_tokens: int = 64  # longest answer, in tokens
+    batch_size: int = 256  # prompts that are sampled together and kept together: the unit of resume
+    world: int | None = None  # seed of the tiny world; by default that of --a
+    seed: int = 0  # seed of prompts, variants and samples
+    device: str = "auto"  # cpu, cuda, or auto
+    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
+    replicas: int = 1  # not used here: every rank samples with a whole model
+    resume: bool = True  # go on where the run in --out stopped
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+
+
+class Speaker(NamedTuple):
+    """A model to sample from: its folder, the whole model, its tokenizer, and whether it knows no chat format."""
+    folder: str
+    model: Transformer
+    tokenizer: Tokenizer
+    is_base: bool
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """The ids that the answer follows. A base model reads the bare words, and goes on as the web would."""
+        if self.is_base:
+            return self.tokenizer.encode(" ".join(message["content"] for message in messages), bos=True, eos=False)
+        return self.tokenizer.encode_dialog(messages)[0]
+
+
+def load_speaker(folder: str, ranks: Ranks) -> Speaker:
+    """The model of a folder, whole, on this rank's device."""
+    config, weight_of, tokenizer = read_any(folder)
+    model = load_weights(config, weight_of, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+    return Speaker(folder, model.to(ranks.device).eval(), Tokenizer(tokenizer), run_config(folder)["stage"] == "pretrain")
+
+
+def parents_of(folders: list[str]) -> dict[str, Parent]:
+    """The models of folders by their names; InputError if their tokenizers differ, for the ids of answers go from one to all."""
+    parents = {folder: parent_of(folder) for folder in folders}
+    for folder, parent in parents.items():
+        if file_fingerprint(parent.tokenizer) != file_fingerprint(parents[folders[0]].tokenizer):
+            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common; "
+                             "name models of one tokenizer")
+    return parents
+
+
+def sample_pairs(speakers: list[Speaker], prompts: list[dict], first: int, settings: Collect, seed: int) -> list[dict]:
+    """Two answers to each prompt from two different variants, a model at a temperature, in random order (§3.2.1).
+
+    prompts: of numbers `first`, first + 1, ...; what is drawn depends on a prompt's number, the seed and the models alone.
+    Returns rows with the "prompt" as messages, "responses", ids in the chat format, variants, and what the prompt is about.
+    """
+    variants = [(who, float(temperature)) for who in range(len(speakers)) for temperature in settings.temperatures]
+    rows = []
+    for number, prompt in enumerate(prompts, first):
+        messages = prompt_messages(prompt)
+        rows.append({"prompt": messages, "about": {key: value for key, value in prompt.items() if key != "prompt"},
+                     "prompt_ids": speakers[0].tokenizer.encode_dialog(messages)[0], "responses": ["", ""],
+                     "response_ids": [[], []], "variants": Random(f"{seed}/{number}").sample(variants, 2)})
+    for variant in variants:
+        speaker, temperature = speakers[variant[0]], variant[1]
+        places = [(i, side) for i, row in enumerate(rows) for side in (0, 1) if row["variants"][side] == variant]
+        drawn = generate(speaker.model, [speaker.prompt_ids(rows[i]["prompt"]) for i, _ in places], settings.max_new_tokens,
+                         temperature, top_p=1.0, stop=(speaker.tokenizer.eos_id,), seed=seed,
+                         rows=[2 * (first + i) + side for i, side in places])
+        for (i, side), ids in zip(places, drawn):
+            text = speaker.tokenizer.decode(ids).strip()
+            if speaker.is_base:  # it does not end an answer as the chat format does
+                ids = answer_ids(rows[i]["prompt"], text, speaker.tokenizer)
+            rows[i]["responses"][side], rows[i]["response_ids"][side] = text, ids
+    for row in rows:
+        row["variants"] = [[speakers[who].folder, temperature] for who, temperature in row["variants"]]
+    return rows
+
+
+def prompts_to_compare(settings: Collect, axis: str, split: str) -> list[dict]:
+    """Prompts of the tiny world: harmless ones for helpfulness; for safety three in four are unsafe (our choice).
+
+    There are few test prompts of some kinds, so that they are drawn in rounds, and may come several times.
+    """
+    world, rng = tiny_world(settings.world), Random(f"{settings.seed}/{axis}/{split}")
+    n = settings.test_pairs if split == "test" else settings.helpfulness_pairs if axis == "helpfulness" else settings.safety_pairs
+    unsafe = n * 3 // 4 if axis == "safety" else 0
+    found = []
+    for kinds, wanted in ((["unsafe"], unsafe), (None, n)):
+        seed = settings.seed
+        while len(found) < wanted:
+            found += toy.prompts(world, min(500, wanted - len(found)), seed, split, kinds)
+            seed += 1
+    rng.shuffle(found)
+    return [prompt | {"world": settings.world} for prompt in found]
+
+
+PROMPT_KEYS = {  # what may stand beside a prompt
+    "unsafe": (bool, "true or false"), "id": (str | int, "text or a number"), "kind": (str, "text"), "category": (str, "text"),
+    "template": (str, "text")}
+
+
+def file_prompts(file: str) -> list[dict]:
+    """The prompts of a file; InputError names a bad line."""
+    if not Path(file).is_file():
+        raise InputError(f"{file}: there is no such file")
+    found = []
+    for place, record in read_rows(file):
+        try:
+            if isinstance(record, InputError):  # the line is no JSON
+                raise record
+            if not isinstance(record, dict) or "prompt" not in record or dialog_turns(prompt_messages(record))[-1][1] is not None:
+                raise InputError('needs a "prompt", a text or messages of which the user has the last')
+            for key, (kind, name) in PROMPT_KEYS.items():
+                if not isinstance(record.get(key), kind | None):
+                    raise InputError(f'"{key}" is {record[key]!r:.60}, not {name}')
+        except InputError as error:
+            raise InputError(f"{place}: {error}; mend or drop the row") from None
+        found.append(record)
+    return found
+
+
+def collect(settings: Collect) -> None:
+    """Write OUT/helpfulness.jsonl, OUT/safety.jsonl and, of the tiny world, the held-out ones beside them."""
+    if settings.axis not in ("helpfulness", "safety", "both") or settings.annotator not in ("toy", "person"):
+        raise InputError("--axis is helpfulness, safety or both, and --annotator toy or person")
+    if settings.prompts and settings.annotator == "toy":
+        raise InputError("the rules of the tiny world can't judge answers to other prompts; add --annotator person")
+    own = file_prompts(settings.prompts) if settings.prompts else []
+    axes = ("helpfulness", "safety") if settings.axis == "both" else (settings.axis,)
+    second = {"helpfulness": settings.b or settings.a, "safety": settings.b or "out/pretrain"}
+    folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two
+    if len(settings.temperatures) * min(map(len, folders.values())) < 2:
+        raise InputError("two answers come from two variants; give a second --temperatures, or a second model with --b")
+    if settings.world is None:
+        settings = replace(settings, world=world_of(settings.a))
+    parents = parents_of(sum(folders.values(), []))
+    ranks = start(settings)
+    with locked(settings.out, ranks):
+        out = Path(settings.out)
+        record = open_run(settings, "collect", ranks, data={folder: parent.fingerprint for folder, parent in parents.items()})
+        if ranks.rank == 0:
+            replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
+        speaker = cache(partial(load_speaker, ranks=ranks))
+        for axis in axes:
+            for split in ("train",) if settings.prompts else ("train", "test"):
+                prompts = own or prompts_to_compare(settings, axis, split)
+                name = axis if split == "train" else f"{axis}-test"
+                seed = zlib.crc32(f"{settings.seed} {name}".encode())
+
+                def draw(rows: range) -> list[dict]:
+                    speakers = [speaker(folder) for folder in folders[axis]]
+                    return sample_pairs(speakers, [prompts[i] for i in rows], rows.start, settings, seed)
+
+                rows = in_parts(out, name, len(prompts), settings.batch_size, draw, ranks, settings.resume)
+                if ranks.rank == 0:
+                    if not settings.resume:
+                        (out / f"{name}-labels.jsonl").unlink(missing_ok=True)
+                    write_pairs(rows, annotations(rows, axis, settings, out / f"{name}-labels.jsonl"), out / f"{name}.jsonl")
+
+
+def in_parts(out: Path, name: str, n: int, batch_size: int, make: Callable[[range], list], ranks: Ranks,
+             resume: bool = True) -> list:
+    """make(range of numbers) → rows for the numbers 0 … n-1, in batches that the ranks share; rank 0 gets all rows.
+
+    Each batch is a file OUT/parts/NAME-NNNNN.json, written once and whole: the unit of resume of every sampling stage. `make`
+    loads its models at its first call, by a cached loader, so that a run that goes on behind its last batch loads none.
+    """
+    starts = range(0, n, batch_size)
+    parts = [out / "parts" / f"{name}-{first:05d}.json" for first in starts]
+    if ranks.rank == 0:
+        (out / "parts").mkdir(exist_ok=True)
+        for old in () if resume else parts:
+            old.unlink(missing_ok=True)
+    dist.barrier(cpu_group())
+    mine = [i for i in range(ranks.rank, len(parts), ranks.world_size) if not parts[i].exists()]
+    for i in tqdm(mine, desc=f"sampling {name}", unit="batch", disable=ranks.rank > 0):
+        rows = make(range(starts[i], min(starts[i] + batch_size, n)))
+        replace_file(parts[i], json.dumps(rows).encode())
+    dist.barrier(cpu_group())
+    return [row for part in parts for row in json.loads(part.read_text())] if ranks.rank == 0 else []
+
+
+def finished_lines(file: Path) -> list[str]:
+    """The lines of a file that grows line by line; what a stop left behind the last newline, half a line, is cut off."""
+    done = file.read_text().split("\n")[:-1] if file.exists() else []
+    replace_file(file, "".join(line + "\n" for line in done).encode())
+    return done
+
+
+def annotations(rows: list[dict], axis: str, settings: Collect, file: Path) -> list[dict]:
+    """What the annotator says of each two answers: {"chosen": 0 or 1, "rejected", "rating", "safety"}; see `toy.annotate`.
+
+    A person's are kept in `file` one by one, so that a stop loses nothing; there may then be fewer than rows.
+    """
+    if settings.annotator == "toy":
+        world = tiny_world(settings.world)
+        return [toy.annotate(world, row["about"], *row["responses"], axis, settings.seed) for row in rows]
+    labels = [json.loads(line) for line in finished_lines(file)]
+    try:
+        with open(file, "a") as f:
+            for number, row in enumerate(rows[len(labels) :], len(labels) + 1):
+                print(f"\n{axis}, {number} of {len(rows)}; Ctrl-C stops, and the same command goes on here")
+                labels.append(ask(row, axis))
+                f.write(json.dumps(labels[-1]) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+    except (KeyboardInterrupt, EOFError):
+        print(f"\nstopped; {len(labels)} of {len(rows)} comparisons are kept")
+    return labels
+
+
+def ask(row: dict, axis: str) -> dict:
+    """One comparison by the person at the terminal (§3.2.1): a forced choice, one of four ratings, and if asked a safety bin."""
+    for message in row["prompt"]:
+        print(f"{message['role']}: {message['content']}")
+    for number, text in enumerate(row["responses"], 1):
+        print(f"  {number}: {text}")
+    chosen = choice(f"Which is {'better' if axis == 'helpfulness' else 'safer'}?", ["1", "2"])
+    rating = choice("How much?", [*RATINGS[:-1], "negligibly better or unsure"])
+    label = None
+    if axis == "safety":
+        label = [*SAFETY, "excluded"][choice("Which are safe?", ["the chosen one alone", "both", "none", "the other one alone"])]
+    return {"chosen": chosen, "rejected": 1 - chosen, "rating": RATINGS[rating], "safety": label}
+
+
+def choice(question: str, options: list[str]) -> int:
+    """The number of the option that the person takes, from 0; asked again until it is one."""
+    listed = ", ".join(f"{i}" if option == f"{i}" else f"{i} {option}" for i, option in enumerate(options, 1))
+    while (answer := typed(f"{question} ({listed}) ").strip()) not in map(str, range(1, len(options) + 1)):
+        pass
+    return int(answer) - 1
+
+
+def write_pairs(rows: list[dict], labels: list[dict], file: Path) -> None:
+    """Write the comparisons that can be learned from, and say how many were dropped (see `read_pairs`)."""
+    pairs = []
+    for row, label in zip(rows, labels):
+        pair = {key: row[key] for key in ("prompt", "prompt_ids", "about")} | {key: label[key] for key in ("rating", "safety")}
+        for side in ("chosen", "rejected"):
+            i = label[side]
+            pair |= {side: row["responses"][i], f"{side}_ids": row["response_ids"][i], f"{side}_by": row["variants"][i]}
+        pairs.append(pair)
+    kept = [pair for pair in pairs if not unusable(pair)]
+    replace_file(file, "".join(json.dumps(pair) + "\n" for pair in kept).encode())
+    dropped = Counter(filter(None, map(unusable, pairs)))
+    print(f"{file}: {len(kept):,} comparisons" + "".join(f", {n} dropped ({why})" for why, n in dropped.items()))
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Count comparisons as Table 6 does, and their ratings as Figure 25 does."""
+    files: tuple[str, ...] = ("out/preferences/helpfulness.jsonl", "out/preferences/safety.jsonl")  # files of comparisons
+    tokenizer: str = "out/sft/tokenizer.model"  # tokenizer that counts
+
+    BY_PRESET: ClassVar[dict[str, dict]] = {}
+    POSITIONAL: ClassVar[str] = "files"
+
+
+def stats(settings: Stats) -> None:
+    """Print the means of Table 6 of each file, and the shares of ratings (Figure 25) and of safety bins (§3.2.1).
+
+    An example is a dialogue with one of its two responses; a turn is a prompt and its response (our reading).
+    """
+    tokenizer = Tokenizer(settings.tokenizer)
+    print(f"{'comparisons of':40} {'number':>9} {'turns':>6} {'tokens an example':>18} {'of a prompt':>12} {'of a response':>14}")
+    for file in settings.files:
+        pairs, turns, examples, prompts, responses = read_named((file,)), [], [], [], []
+        for pair in pairs:
+            asked = [message["content"] for message in pair["prompt"] if message["role"] == "user"]
+            said = [message["content"] for message in pair["prompt"] if message["role"] != "user"]
+            texts = [*asked, *said, pair["chosen"], pair["rejected"]]
+            lengths = [len(ids) for ids in tokenizer.encode(texts, bos=False, eos=False)]
+            turns.append(len(asked))
+            prompts += lengths[: len(asked)]
+            responses += lengths[-2:]
+            examples.append(sum(lengths[:-2]) + sum(lengths[-2:]) / 2)
+        print(f"{file:40} {len(pairs):9,} {np.mean(turns):6.1f} {np.mean(examples):18.1f} {np.mean(prompts):12.1f} "
+              f"{np.mean(responses):14.1f}")
+        for key, groups in (("rating", RATINGS), ("safety", SAFETY)):
+            counts = Counter(pair[key] or "none" for pair in pairs)
+            shares = [f"{name} {counts[name] / len(pairs):.1%}" for name in (*groups, "none") if counts[name]]
+            if set(counts) != {"none"}:
+                print(f"  {key}: " + ", ".join(shares))
+
+
 # ---------------------------------------------------------------------------------------------- losses
 
 
@@ -102,18 +403,6 @@ def safety_loss(scores: Tensor, labels: Tensor) -> Tensor:
     effect (Table 29), but prints no formula: this one is our choice.
     """
     return -(F.logsigmoid(labels * scores) * labels.abs()).mean()
-
-
-def win_rate(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, int]:
-    """How often `ours` is the better of two answers to a prompt: (wins / (wins + losses), low, high, ties).
-
-    ours, theirs: (prompts,) scores. Ties are left out, as in Figure 2; low and high are the 95 % interval. Without
-    a single decided prompt it is (0.5, 0, 1, ties).
-    """
-    ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
-    decided = ours != theirs
-    ties = int((~decided).sum())
-    return (*(interval(ours[decided] > theirs[decided]) if decided.any() else (0.5, 0.0, 1.0)), ties)
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -137,6 +426,12 @@ class RewardModel(Transformer):
         """
         scores = super().forward(tokens)[..., 0]  # (rows, seq)
         return scores[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (rows,)
+
+
+def load_judge(folder: str, ranks: Ranks) -> RewardModel:
+    """The reward model of a folder, whole, on this rank's device."""
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    return load_model(folder, RewardModel)[0].to(ranks.device, dtype).eval()
 
 
 def head_weight(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
@@ -203,7 +498,7 @@ def read_pairs(files: tuple[str, ...]) -> tuple[list[dict], Counter]:
         for place, record in read_rows(file):
             try:
                 found = comparisons(record)
-            except (InputError, TokenizerError) as error:
+            except InputError as error:
                 raise InputError(f"{place}: {error}; mend or drop the row") from None
             pairs += [pair for pair in found if not unusable(pair)]
             dropped.update(filter(None, map(unusable, found)))
@@ -218,7 +513,7 @@ def unusable(pair: dict) -> str:
 
 
 def comparisons(record: object) -> list[dict]:
-    """The comparisons that one row of a file makes; InputError or TokenizerError says what is wrong with it."""
+    """The comparisons that one row of a file makes; InputError says what is wrong with it."""
     if isinstance(record, InputError):  # the line is no JSON
         raise record
     if not isinstance(record, dict):
@@ -228,9 +523,9 @@ def comparisons(record: object) -> list[dict]:
         messages = messages_of(record)
         chosen, rejected = (side.get("value") if isinstance(side, dict) else None for side in (chosen, rejected))
     elif "prompt" in record:
-        messages = toy_messages(record)
+        messages = prompt_messages(record)
     elif isinstance(chosen, str) and isinstance(rejected, str):  # Anthropic
-        (*messages, chosen), (*other, rejected) = transcript(chosen), transcript(rejected)
+        (*messages, chosen), (*other, rejected) = read_transcript(chosen), read_transcript(rejected)
         if messages != other:
             raise InputError("the two transcripts differ before their last answers")
         chosen, rejected = chosen["content"], rejected["content"]
@@ -256,7 +551,7 @@ def comparisons(record: object) -> list[dict]:
     return [record | {"prompt": messages, "chosen": chosen, "rejected": rejected, "rating": rating, "safety": safety}]
 
 
-def transcript(text: str) -> list[dict]:
+def read_transcript(text: str) -> list[dict]:
     """Anthropic's "\n\nHuman: ...\n\nAssistant: ..." as messages; two of one speaker in a row are joined."""
     before, *parts = re.split(r"\n\n(Human|Assistant):", text)
     messages: list[dict] = []
@@ -296,6 +591,7 @@ class Pair(NamedTuple):
 
     @property
     def length(self) -> int:
+        """Tokens of the longer of the two."""
         return max(len(self.chosen), len(self.rejected))
 
 
@@ -511,6 +807,18 @@ def accuracy(right: np.ndarray, prompts: np.ndarray) -> tuple[float, float, floa
     return interval(np.bincount(which, right), np.bincount(which))
 
 
+def win_rate(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float, int]:
+    """How often `ours` is the better of two answers to a prompt: (wins / (wins + losses), low, high, ties).
+
+    ours, theirs: (prompts,) scores. Ties are left out, as in Figure 2; low and high are the 95 % interval. Without
+    a single decided prompt it is (0.5, 0, 1, ties).
+    """
+    ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
+    decided = ours != theirs
+    ties = int((~decided).sum())
+    return (*(interval(ours[decided] > theirs[decided]) if decided.any() else (0.5, 0.0, 1.0)), ties)
+
+
 def trend(right: np.ndarray, level: np.ndarray) -> tuple[float, float]:
     """Does the share that is right rise with the level? Cochran and Armitage's test: (z, two-sided p).
 
@@ -684,300 +992,6 @@ def draw(judged: dict, configs: dict, measures: dict, out: Path) -> None:
         with picture(out / "tension.png", title, f"score of {guard}", f"score of {helper}") as axes:
             for label, name, colour in ((1, "safe answers", COLOURS[0]), (-1, "unsafe answers", COLOURS[1])):
                 axes.scatter(sigmoid(x[labels == label]), sigmoid(y[labels == label]), s=4, alpha=0.4, color=colour, label=name)
-
-
-# ---------------------------------------------------------------------------------------------- statistics
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Count comparisons as Table 6 does, and their ratings as Figure 25 does."""
-    files: tuple[str, ...] = ("out/preferences/helpfulness.jsonl", "out/preferences/safety.jsonl")  # files of comparisons
-    tokenizer: str = "out/sft/tokenizer.model"  # tokenizer that counts
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-    POSITIONAL: ClassVar[str] = "files"
-
-
-def stats(settings: Stats) -> None:
-    """Print the means of Table 6 of each file, and the shares of ratings (Figure 25) and of safety bins (§3.2.1).
-
-    An example is a dialogue with one of its two responses; a turn is a prompt and its response (our reading).
-    """
-    tokenizer = Tokenizer(settings.tokenizer)
-    print(f"{'comparisons of':40} {'number':>9} {'turns':>6} {'tokens an example':>18} {'of a prompt':>12} {'of a response':>14}")
-    for file in settings.files:
-        pairs, turns, examples, prompts, responses = read_named((file,)), [], [], [], []
-        for pair in pairs:
-            asked = [message["content"] for message in pair["prompt"] if message["role"] == "user"]
-            said = [message["content"] for message in pair["prompt"] if message["role"] != "user"]
-            texts = [*asked, *said, pair["chosen"], pair["rejected"]]
-            lengths = [len(ids) for ids in tokenizer.encode_batch(texts, bos=False, eos=False)]
-            turns.append(len(asked))
-            prompts += lengths[: len(asked)]
-            responses += lengths[-2:]
-            examples.append(sum(lengths[:-2]) + sum(lengths[-2:]) / 2)
-        print(f"{file:40} {len(pairs):9,} {np.mean(turns):6.1f} {np.mean(examples):18.1f} {np.mean(prompts):12.1f} "
-              f"{np.mean(responses):14.1f}")
-        for key, groups in (("rating", RATINGS), ("safety", SAFETY)):
-            counts = Counter(pair[key] or "none" for pair in pairs)
-            shares = [f"{name} {counts[name] / len(pairs):.1%}" for name in (*groups, "none") if counts[name]]
-            if set(counts) != {"none"}:
-                print(f"  {key}: " + ", ".join(shares))
-
-
-# ---------------------------------------------------------------------------------------------- collecting
-
-
-@dataclass(frozen=True)
-class Collect:
-    """Sample two answers to each prompt and have them compared, for helpfulness and for safety (§3.2.1).
-
-    The two come from two different variants: models a and b at varied temperatures, in random order.
-    """
-    axis: str = "both"  # what is compared: helpfulness, safety, or both one after the other
-    a: str = "out/sft"  # chat model to sample from
-    b: str = ""  # second model; else for safety out/pretrain, a base model that complies, and for helpfulness none
-    prompts: str = ""  # .jsonl of {"prompt": text or messages}; else prompts of the tiny world
-    annotator: str = "toy"  # who compares: toy, the rules of the tiny world, or person, you in this terminal
-    out: str = "out/preferences"  # folder of the comparisons; started again, it goes on where it stopped
-    helpfulness_pairs: int = 2500  # comparisons of helpfulness to train on, for prompts of the tiny world
-    safety_pairs: int = 1200  # comparisons of safety to train on
-    test_pairs: int = 1000  # comparisons on held-out prompts, of each axis | 1000 of each weekly batch
-    temperatures: tuple[str, ...] = ("0.5", "0.8", "1.1")  # temperatures of the variants | varied
-    max_new_tokens: int = 64  # longest answer, in tokens
-    batch_size: int = 256  # prompts that are sampled together and kept together: the unit of resume
-    world: int | None = None  # seed of the tiny world; by default that of --a
-    seed: int = 0  # seed of prompts, variants and samples
-    device: str = "auto"  # cpu, cuda, or auto
-    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
-    replicas: int = 1  # not used here: every rank samples with a whole model
-    resume: bool = True  # go on where the run in --out stopped
-
-    BY_PRESET: ClassVar[dict[str, dict]] = {}
-
-
-class Speaker(NamedTuple):
-    """A model to sample from: its folder, the whole model, its tokenizer, and whether it knows no chat format."""
-    folder: str
-    model: Transformer
-    tokenizer: Tokenizer
-    is_base: bool
-
-    def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """The ids that the answer follows. A base model reads the bare words, and goes on as the web would."""
-        if self.is_base:
-            return self.tokenizer.encode(" ".join(message["content"] for message in messages), bos=True, eos=False)
-        return self.tokenizer.encode_dialog(messages)[0]
-
-
-def load_speakers(folders: list[str], ranks: Ranks) -> list[Speaker]:
-    """The models of folders, whole, on this rank's device. Raises InputError if their tokenizers differ."""
-    speakers, dtype = [], torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    for folder in folders:
-        config, weight_of, tokenizer = read_any(folder)
-        if speakers and file_fingerprint(tokenizer) != file_fingerprint(speakers[0].tokenizer.path):
-            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common; "
-                             "name models of one tokenizer")
-        model = load_weights(config, weight_of, dtype).to(ranks.device).eval()
-        speakers.append(Speaker(folder, model, Tokenizer(tokenizer), run_config(folder)["stage"] == "pretrain"))
-    return speakers
-
-
-def sample_pairs(speakers: list[Speaker], prompts: list[dict], first: int, settings: Collect, seed: int) -> list[dict]:
-    """Two answers to each prompt from two different variants, a model at a temperature, in random order (§3.2.1).
-
-    prompts: of numbers `first`, first + 1, ...; what is drawn depends on a prompt's number, the seed and the models alone.
-    Returns rows with the "prompt" as messages, "responses", ids in the chat format, variants, and what the prompt is about.
-    """
-    variants = [(who, float(temperature)) for who in range(len(speakers)) for temperature in settings.temperatures]
-    rows = []
-    for number, prompt in enumerate(prompts, first):
-        messages = toy_messages(prompt)
-        rows.append({"prompt": messages, "about": {key: value for key, value in prompt.items() if key != "prompt"},
-                     "prompt_ids": speakers[0].tokenizer.encode_dialog(messages)[0], "responses": ["", ""],
-                     "response_ids": [[], []], "variants": Random(f"{seed}/{number}").sample(variants, 2)})
-    for variant in variants:
-        speaker, temperature = speakers[variant[0]], variant[1]
-        places = [(i, side) for i, row in enumerate(rows) for side in (0, 1) if row["variants"][side] == variant]
-        drawn = generate(speaker.model, [speaker.prompt_ids(rows[i]["prompt"]) for i, _ in places], settings.max_new_tokens,
-                         temperature, top_p=1.0, stop=(speaker.tokenizer.eos_id,), seed=seed,
-                         rows=[2 * (first + i) + side for i, side in places])
-        for (i, side), ids in zip(places, drawn):
-            text = speaker.tokenizer.decode(ids).strip()
-            if speaker.is_base:  # it does not end an answer as the chat format does
-                ids = answer_ids(rows[i]["prompt"], text, speaker.tokenizer)
-            rows[i]["responses"][side], rows[i]["response_ids"][side] = text, ids
-    for row in rows:
-        row["variants"] = [[speakers[who].folder, temperature] for who, temperature in row["variants"]]
-    return rows
-
-
-def toy_prompts(settings: Collect, axis: str, split: str) -> list[dict]:
-    """Prompts of the tiny world: harmless ones for helpfulness; for safety three in four are unsafe (our choice).
-
-    There are few test prompts of some kinds, so that they are drawn in rounds, and may come several times.
-    """
-    world, rng = tiny_world(settings.world), Random(f"{settings.seed}/{axis}/{split}")
-    n = settings.test_pairs if split == "test" else settings.helpfulness_pairs if axis == "helpfulness" else settings.safety_pairs
-    unsafe = n * 3 // 4 if axis == "safety" else 0
-    found = []
-    for kinds, wanted in ((["unsafe"], unsafe), (None, n)):
-        seed = settings.seed
-        while len(found) < wanted:
-            found += toy.prompts(world, min(500, wanted - len(found)), seed, split, kinds)
-            seed += 1
-    rng.shuffle(found)
-    return [prompt | {"world": settings.world} for prompt in found]
-
-
-PROMPT_KEYS = {  # what may stand beside a prompt
-    "unsafe": (bool, "true or false"), "id": (str | int, "text or a number"), "kind": (str, "text"), "category": (str, "text"),
-    "template": (str, "text")}
-
-
-def file_prompts(file: str) -> list[dict]:
-    """The prompts of a file; InputError names a bad line."""
-    if not Path(file).is_file():
-        raise InputError(f"{file}: there is no such file")
-    found = []
-    for place, record in read_rows(file):
-        try:
-            if isinstance(record, InputError):  # the line is no JSON
-                raise record
-            if not isinstance(record, dict) or "prompt" not in record or dialog_turns(toy_messages(record))[-1][1] is not None:
-                raise InputError('needs a "prompt", a text or messages of which the user has the last')
-            for key, (kind, name) in PROMPT_KEYS.items():
-                if not isinstance(record.get(key), kind | None):
-                    raise InputError(f'"{key}" is {record[key]!r:.60}, not {name}')
-        except (TokenizerError, InputError) as error:
-            raise InputError(f"{place}: {error}; mend or drop the row") from None
-        found.append(record)
-    return found
-
-
-def collect(settings: Collect) -> None:
-    """Write OUT/helpfulness.jsonl, OUT/safety.jsonl and, of the tiny world, the held-out ones beside them."""
-    if settings.axis not in ("helpfulness", "safety", "both") or settings.annotator not in ("toy", "person"):
-        raise InputError("--axis is helpfulness, safety or both, and --annotator toy or person")
-    if settings.prompts and settings.annotator == "toy":
-        raise InputError("the rules of the tiny world can't judge answers to other prompts; add --annotator person")
-    own = file_prompts(settings.prompts) if settings.prompts else []
-    axes = ("helpfulness", "safety") if settings.axis == "both" else (settings.axis,)
-    second = {"helpfulness": settings.b or settings.a, "safety": settings.b or "out/pretrain"}
-    folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two
-    if len(settings.temperatures) * min(map(len, folders.values())) < 2:
-        raise InputError("two answers come from two variants; give a second --temperatures, or a second model with --b")
-    if settings.world is None:
-        settings = replace(settings, world=world_of(settings.a))
-    ranks = start(settings)
-    with locked(settings.out, ranks):
-        out, data = Path(settings.out), {folder: parent_of(folder).fingerprint for folder in sum(folders.values(), [])}
-        record = open_run(settings, "collect", ranks, data=data)
-        if ranks.rank == 0:
-            replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
-        for axis in axes:
-            for split in ("train",) if settings.prompts else ("train", "test"):
-                prompts = own or toy_prompts(settings, axis, split)
-                name = axis if split == "train" else f"{axis}-test"
-                speakers = cache(partial(load_speakers, folders[axis], ranks))
-                seed = zlib.crc32(f"{settings.seed} {name}".encode())
-
-                def draw(rows: range) -> list[dict]:
-                    return sample_pairs(speakers(), [prompts[i] for i in rows], rows.start, settings, seed)
-
-                rows = in_parts(out, name, len(prompts), settings.batch_size, draw, ranks, settings.resume)
-                if ranks.rank == 0:
-                    if not settings.resume:
-                        (out / f"{name}-labels.jsonl").unlink(missing_ok=True)
-                    write_pairs(rows, annotations(rows, axis, settings, out / f"{name}-labels.jsonl"), out / f"{name}.jsonl")
-
-
-def in_parts(out: Path, name: str, n: int, batch_size: int, make: Callable[[range], list], ranks: Ranks,
-             resume: bool = True) -> list:
-    """make(range of numbers) → rows for the numbers 0 … n-1, in batches that the ranks share; rank 0 gets all rows.
-
-    Each batch is a file OUT/parts/NAME-NNNNN.json, written once and whole: the unit of resume of every sampling stage.
-    """
-    starts = range(0, n, batch_size)
-    parts = [out / "parts" / f"{name}-{first:05d}.json" for first in starts]
-    if ranks.rank == 0:
-        (out / "parts").mkdir(exist_ok=True)
-        for old in () if resume else parts:
-            old.unlink(missing_ok=True)
-    dist.barrier(cpu_group())
-    mine = [i for i in range(ranks.rank, len(parts), ranks.world_size) if not parts[i].exists()]
-    for i in tqdm(mine, desc=f"sampling {name}", unit="batch", disable=ranks.rank > 0):
-        rows = make(range(starts[i], min(starts[i] + batch_size, n)))
-        replace_file(parts[i], json.dumps(rows).encode())
-    dist.barrier(cpu_group())
-    return [row for part in parts for row in json.loads(part.read_text())] if ranks.rank == 0 else []
-
-
-def finished_lines(file: Path) -> list[str]:
-    """The lines of a file that grows line by line; what a stop left behind the last newline, half a line, is cut off."""
-    done = file.read_text().split("\n")[:-1] if file.exists() else []
-    replace_file(file, "".join(line + "\n" for line in done).encode())
-    return done
-
-
-def annotations(rows: list[dict], axis: str, settings: Collect, file: Path) -> list[dict]:
-    """What the annotator says of each two answers: {"chosen": 0 or 1, "rejected", "rating", "safety"}; see `toy.annotate`.
-
-    A person's are kept in `file` one by one, so that a stop loses nothing; there may then be fewer than rows.
-    """
-    if settings.annotator == "toy":
-        world = tiny_world(settings.world)
-        return [toy.annotate(world, row["about"], *row["responses"], axis, settings.seed) for row in rows]
-    labels = [json.loads(line) for line in finished_lines(file)]
-    try:
-        with open(file, "a") as f:
-            for number, row in enumerate(rows[len(labels) :], len(labels) + 1):
-                print(f"\n{axis}, {number} of {len(rows)}; Ctrl-C stops, and the same command goes on here")
-                labels.append(ask(row, axis))
-                f.write(json.dumps(labels[-1]) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
-    except (KeyboardInterrupt, EOFError):
-        print(f"\nstopped; {len(labels)} of {len(rows)} comparisons are kept")
-    return labels
-
-
-def ask(row: dict, axis: str) -> dict:
-    """One comparison by the person at the terminal (§3.2.1): a forced choice, one of four ratings, and if asked a safety bin."""
-    for message in row["prompt"]:
-        print(f"{message['role']}: {message['content']}")
-    for number, text in enumerate(row["responses"], 1):
-        print(f"  {number}: {text}")
-    chosen = choice(f"Which is {'better' if axis == 'helpfulness' else 'safer'}?", ["1", "2"])
-    rating = choice("How much?", [*RATINGS[:-1], "negligibly better or unsure"])
-    label = None
-    if axis == "safety":
-        label = [*SAFETY, "excluded"][choice("Which are safe?", ["the chosen one alone", "both", "none", "the other one alone"])]
-    return {"chosen": chosen, "rejected": 1 - chosen, "rating": RATINGS[rating], "safety": label}
-
-
-def choice(question: str, options: list[str]) -> int:
-    """The number of the option that the person takes, from 0; asked again until it is one."""
-    listed = ", ".join(f"{i}" if option == f"{i}" else f"{i} {option}" for i, option in enumerate(options, 1))
-    while (answer := typed(f"{question} ({listed}) ").strip()) not in map(str, range(1, len(options) + 1)):
-        pass
-    return int(answer) - 1
-
-
-def write_pairs(rows: list[dict], labels: list[dict], file: Path) -> None:
-    """Write the comparisons that can be learned from, and say how many were dropped (see `read_pairs`)."""
-    pairs = []
-    for row, label in zip(rows, labels):
-        pair = {key: row[key] for key in ("prompt", "prompt_ids", "about")} | {key: label[key] for key in ("rating", "safety")}
-        for side in ("chosen", "rejected"):
-            i = label[side]
-            pair |= {side: row["responses"][i], f"{side}_ids": row["response_ids"][i], f"{side}_by": row["variants"][i]}
-        pairs.append(pair)
-    kept = [pair for pair in pairs if not unusable(pair)]
-    replace_file(file, "".join(json.dumps(pair) + "\n" for pair in kept).encode())
-    dropped = Counter(filter(None, map(unusable, pairs)))
-    print(f"{file}: {len(kept):,} comparisons" + "".join(f", {n} dropped ({why})" for why, n in dropped.items()))
 
 
 # ---------------------------------------------------------------------------------------------- the command line

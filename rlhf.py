@@ -40,13 +40,13 @@ import pretrain
 import toy
 from model import IGNORE, PRESETS, Transformer, generate
 from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, Source, adamw, build, checkpoints, command_line,
-                      compute_dtype, cosine_schedule, cpu_group, file_fingerprint, gathered, interval, load_checkpoint,
-                      load_model, locked, log_samples, open_run, optimizer_step, parent_of, permute, prepare, print_settings,
-                      rank_0_first, replace_file, rewind, save_checkpoint, set_weights, signals, sources, start, text_sources,
-                      tiny_world, world_of)
-from reward import (HEAD, RewardModel, Speaker, file_prompts, held_out, in_parts, load_speakers, padded, pair_ids, picture,
-                    read_named, safety_labels, score_rows, sigmoid, whiskers)
-from sft import Tuning, fine_tune, read_dialogs, read_rows, toy_messages, toy_sources
+                      compute_dtype, cosine_schedule, cpu_group, file_fingerprint, gathered, interval, load_checkpoint, locked,
+                      log_samples, open_run, optimizer_step, parent_of, permute, prepare, print_settings, rank_0_first,
+                      replace_file, rewind, save_checkpoint, set_weights, signals, sources, start, text_sources, tiny_world,
+                      world_of)
+from reward import (HEAD, RewardModel, Speaker, file_prompts, held_out, in_parts, load_judge, load_speaker, padded, pair_ids,
+                    parents_of, picture, read_named, safety_labels, score_rows, sigmoid, whiskers)
+from sft import Tuning, fine_tune, prompt_messages, read_dialogs, read_rows, toy_sources
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -188,24 +188,6 @@ def best_scored(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- samples and their scores
 
 
-def load_reward(folder: str, settings, ranks: Ranks) -> RewardModel:
-    """A reward model, sharded over the ranks and frozen."""
-    parent = parent_of(folder)
-    model = build(parent.config, settings, ranks, RewardModel)
-    parent.fill(model)
-    return model.eval().requires_grad_(False)
-
-
-def parents_of(folders: list[str]) -> dict[str, Parent]:
-    """The models of folders by their names; InputError if their tokenizers differ, for the ids of answers go from one to all."""
-    parents = {folder: parent_of(folder) for folder in folders}
-    for folder, parent in parents.items():
-        if file_fingerprint(parent.tokenizer) != file_fingerprint(parents[folders[0]].tokenizer):
-            raise InputError(f"{folder} has another tokenizer than {folders[0]}; their answers have no ids in common; "
-                             "name models of one tokenizer")
-    return parents
-
-
 def toy_prompts(world: toy.World, n: int, seed: int | str, split: str = "train", unsafe: float = 0.25) -> list[dict]:
     """n distinct prompts of the tiny world, of which a share is unsafe, with or without an attack (our choice)."""
     found: dict[str, dict] = {}
@@ -233,19 +215,13 @@ def load_judges(helpfulness: str, safety: str, ranks: Ranks) -> Judges:
     return Judges(*(load_judge(folder, ranks) for folder in (helpfulness, safety)))
 
 
-def load_judge(folder: str, ranks: Ranks) -> RewardModel:
-    """The reward model of a folder, whole, on this rank's device."""
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    return load_model(folder, RewardModel)[0].to(ranks.device, dtype).eval()
-
-
-def answer_all(speaker: Speaker, judges: Judges, prompts: list[dict], numbers: range, settings, seed: int,
-               temperature: float) -> list[dict]:
+def answer_all(speaker: Speaker, judges: Judges, prompts: list[dict], numbers: range,
+               settings: "Settings | Curves", seed: int, temperature: float) -> list[dict]:
     """K answers to each of the prompts with these numbers, and what the reward models say: one dictionary a prompt.
 
     What is drawn depends on a prompt's number, the seed and the models alone.
     """
-    asked = [speaker.prompt_ids(toy_messages(prompts[i])) for i in numbers]
+    asked = [speaker.prompt_ids(prompt_messages(prompts[i])) for i in numbers]
     drawn = generate(speaker.model, asked, settings.max_new_tokens, temperature, 1.0, (speaker.tokenizer.eos_id,), seed,
                      settings.n_samples, rows=numbers)
     r_h, r_s = judges.score([asked[j // settings.n_samples] + ids for j, ids in enumerate(drawn)])
@@ -336,25 +312,32 @@ def main(settings: Settings) -> None:
         unsafe=settings.unsafe)
     ranks = start(settings)
     with locked(settings.out, ranks):
-        out = Path(settings.out)
-        earlier = [path for n in range(1, version) if (path := out.parent / f"rlhf-v{n}" / "best.jsonl").exists()]
-        earlier *= settings.pool == "all"
+        folders = [Path(settings.out).parent / f"rlhf-v{n}" for n in range(1, version) if settings.pool == "all"]
+        earlier = [path for folder in folders if (path := folder / "best.jsonl").exists()]
         data = {name: parents[name].fingerprint for name in names} | {str(path): file_fingerprint(str(path)) for path in earlier}
-        if settings.prompts:
-            data[settings.prompts] = file_fingerprint(settings.prompts)
-        specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety)
-        embedded["pool"] = partial(pool_rows, out / "pool.jsonl"), json.dumps([data, asdict(settings)], sort_keys=True)
-        found = sources(specs, embedded, read_dialogs)
-        read_through(found, embedded)
-        data |= {source.name: source.fingerprint for source in found if source.name != "pool"}
-        record = open_run(settings, "rlhf", ranks, data=data, parent=settings.init,
-                          parent_fingerprint=parents[settings.init].fingerprint)
-        if ranks.rank == 0:
-            config = record | {"model": asdict(parents[settings.init].config)}
-            replace_file(out / "config.json", json.dumps(config, indent=1).encode())
-        make_pool(settings, prompts, ranks, earlier)
-        is_toy = any(source.fingerprint == embedded["toy/dialogs"][1] for source in found)
-        fine_tune(settings, record, parents[settings.init], found, ranks, tiny_world(settings.world) if is_toy else None)
+        learn_pool(settings, "rlhf", parents[settings.init], data, partial(make_pool, settings, prompts, earlier, ranks), ranks)
+
+
+def learn_pool(settings: Tuning, stage: str, parent: Parent, data: dict[str, str], make: Callable[[], None],
+               ranks: Ranks) -> None:
+    """Have `make` write OUT/pool.jsonl, answers to learn from, and fine-tune on them and the other data: a version, or `distill`.
+
+    data: the fingerprints of all that the answers are made from, but for --prompts.
+    """
+    out = Path(settings.out)
+    if settings.prompts:
+        data = data | {settings.prompts: file_fingerprint(settings.prompts)}
+    specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety)
+    embedded["pool"] = partial(pool_rows, out / "pool.jsonl"), json.dumps([data, asdict(settings)], sort_keys=True)
+    found = sources(specs, embedded, read_dialogs)
+    read_through(found, embedded)
+    data = data | {source.name: source.fingerprint for source in found if source.name != "pool"}
+    record = open_run(settings, stage, ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
+    if ranks.rank == 0:
+        replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
+    make()
+    is_toy = any(source.fingerprint == embedded["toy/dialogs"][1] for source in found)
+    fine_tune(settings, record, parent, found, ranks, tiny_world(settings.world) if is_toy else None)
 
 
 def pool_rows(file: Path) -> Iterator[tuple[str, tuple[list[int], list[bool]]]]:
@@ -364,31 +347,39 @@ def pool_rows(file: Path) -> Iterator[tuple[str, tuple[list[int], list[bool]]]]:
         yield str(file), (asked + said, [False] * len(asked) + [True] * len(said))
 
 
-def make_pool(settings: Settings, prompts: list[dict], ranks: Ranks, earlier: list[Path]) -> None:
-    """Write OUT/best.jsonl, the best answers of this version, and OUT/pool.jsonl, those of all versions that are learned."""
-    out = Path(settings.out)
-    speaker = cache(lambda: load_speakers([settings.policy], ranks)[0])
-    judges = cache(lambda: load_judges(settings.helpfulness, settings.harmlessness, ranks))
+def draw_pool(settings: Tuning, n: int, draw: Callable[[range], list[dict]], ranks: Ranks) -> list[dict]:
+    """The answers to n prompts (see `in_parts`) to make OUT/pool.jsonl of; none on the other ranks, or if it is there already."""
+    pool = Path(settings.out, "pool.jsonl")
     if not settings.resume and ranks.rank == 0:
-        (out / "pool.jsonl").unlink(missing_ok=True)
+        pool.unlink(missing_ok=True)
+    rows = in_parts(Path(settings.out), "answers", n, settings.sample_batch, draw, ranks, settings.resume)
+    return [] if pool.exists() else rows
+
+
+def make_pool(settings: Settings, prompts: list[dict], earlier: list[Path], ranks: Ranks) -> None:
+    """Write OUT/best.jsonl, the best answers of this version, and OUT/pool.jsonl, those of all versions that are learned.
+
+    earlier: the best.jsonl of earlier versions.
+    """
+    speaker = cache(partial(load_speaker, settings.policy, ranks))
+    judges = cache(partial(load_judges, settings.helpfulness, settings.harmlessness, ranks))
     seed = zlib.crc32(f"{settings.seed} answers {settings.version}".encode())
 
     def draw(numbers: range) -> list[dict]:
         return answer_all(speaker(), judges(), prompts, numbers, settings, seed, settings.temperature)
 
-    rows = in_parts(out, "answers", len(prompts), settings.sample_batch, draw, ranks, settings.resume)
-    if ranks.rank > 0 or (out / "pool.jsonl").exists():
+    rows = draw_pool(settings, len(prompts), draw, ranks)
+    if not rows:
         return
-    threshold = settings.threshold
+    out, tokenizer, threshold = Path(settings.out), speaker().tokenizer, settings.threshold
     if threshold is None:
-        threshold, precision, recall = safety_threshold(settings.safety_test, judges().safety, speaker().tokenizer)
+        threshold, precision, recall = safety_threshold(settings.safety_test, judges().safety, tokenizer)
         print(f"safety scores below {threshold:.3f} count as unsafe: precision {precision:.2f}, recall {recall:.2f} on "
               f"{settings.safety_test} (the paper: 0.15, .89, .55)")
-    tokenizer = speaker().tokenizer
     scores = combined(rows, prompts, threshold, tokenizer.eos_id)  # (prompts, K)
     best, models = [], [settings.helpfulness, settings.harmlessness]
     for row, mine, k in zip(rows, scores, pick(scores, settings.select, settings.seed)):
-        prompt, messages = prompts[row["number"]], toy_messages(prompts[row["number"]])
+        prompt, messages = prompts[row["number"]], prompt_messages(prompts[row["number"]])
         if not np.isfinite(mine[k]):
             continue  # not one of its answers came to an end
         best.append({"id": prompt.get("id") or f"{zlib.crc32(json.dumps(messages).encode()):08x}", "prompt": messages,
@@ -459,10 +450,10 @@ def curves(settings: Curves) -> None:
             replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
         prompts = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
             world, settings.n_prompts, settings.seed, "test", unsafe=0.0)
-        judges, found = cache(lambda: load_judges(settings.helpfulness, settings.harmlessness, ranks)), []
+        judges, found = cache(partial(load_judges, settings.helpfulness, settings.harmlessness, ranks)), []
         sizes = [2**i for i in range(settings.n_samples.bit_length()) if 2**i <= settings.n_samples]
         for number, run in enumerate(settings.runs):
-            speaker = cache(lambda run=run: load_speakers([run], ranks)[0])
+            speaker = cache(partial(load_speaker, run, ranks))
             for temperature in settings.temperatures:
                 def draw(numbers: range, speaker=speaker, temperature=temperature) -> list[dict]:
                     return answer_all(speaker(), judges(), prompts, numbers, settings, settings.seed, float(temperature))
@@ -703,17 +694,21 @@ class Models(NamedTuple):
     safety: RewardModel  # R_s
 
 
-def load_models(parent: Parent, settings: Ppo, ranks: Ranks) -> Models:
+def load_sharded(kind: type[Transformer], folder: str, settings: Ppo, ranks: Ranks, skip: tuple[str, ...] = ()) -> Transformer:
+    """The model of a folder, but for the weights `skip`, sharded over the ranks."""
+    parent = parent_of(folder)
+    model = build(parent.config, settings, ranks, kind)
+    parent.fill(model, skip=skip)
+    return model
+
+
+def load_models(settings: Ppo, ranks: Ranks) -> Models:
     """Policy and reference from --init, the reward models, and the critic: R_h's trunk under a head of zeros (our choice)."""
-    policy, reference = (build(parent.config, settings, ranks) for _ in range(2))
-    for model in (policy, reference):
-        parent.fill(model)
-    helpful = parent_of(settings.helpfulness)
-    critic = build(helpful.config, settings, ranks, Critic)
-    helpful.fill(critic, skip=HEAD)
+    policy, reference = (load_sharded(Transformer, settings.init, settings, ranks) for _ in range(2))
+    critic = load_sharded(Critic, settings.helpfulness, settings, ranks, skip=HEAD)
     set_weights(critic.output, lambda name, shape: torch.zeros(shape, device=ranks.device))
-    judges = (load_reward(folder, settings, ranks) for folder in (settings.helpfulness, settings.harmlessness))
-    return Models(policy, critic, reference.eval().requires_grad_(False), *judges)
+    judges = (load_sharded(RewardModel, folder, settings, ranks) for folder in (settings.helpfulness, settings.harmlessness))
+    return Models(policy, critic, *(model.eval().requires_grad_(False) for model in (reference, *judges)))
 
 
 def align(prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -770,7 +765,7 @@ def sample_answers(policy: Transformer, prompts: list[dict], seed: int, tokenize
                    ranks: Ranks) -> tuple[list[list[int]], list[list[int]]]:
     """The ids of prompts, and of one answer to each, with EOS if it came. The ranks share the work; all get all."""
     room = settings.seq_len - settings.max_new_tokens
-    ids = [tokenizer.encode_dialog(toy_messages(prompt))[0][-room:] for prompt in prompts]
+    ids = [tokenizer.encode_dialog(prompt_messages(prompt))[0][-room:] for prompt in prompts]
     mine = range(ranks.rank, len(ids), ranks.world_size)
     with gathered(policy, compute_dtype(settings, ranks)) as whole:  # sharded weights sample some 20 times slower (§3.2.3)
         drawn = generate(whole, [ids[i] for i in mine], settings.max_new_tokens, settings.temperature,
@@ -915,11 +910,9 @@ def ppo(settings: Ppo) -> None:
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.init))
     settings = replace(settings, out=settings.out or f"{settings.init}-ppo")
-    parent, judges = parent_of(settings.init), {name: parent_of(name) for name in (settings.helpfulness, settings.harmlessness)}
-    for name, judge in judges.items():
-        if file_fingerprint(judge.tokenizer) != file_fingerprint(parent.tokenizer):
-            raise InputError(f"{name} has another tokenizer than {settings.init}; their answers have no ids in common; "
-                             "name models of one tokenizer")
+    judges = (settings.helpfulness, settings.harmlessness)
+    parents = parents_of([settings.init, *judges])
+    parent = parents[settings.init]
     if settings.seq_len > parent.config.max_seq_len or settings.max_new_tokens >= settings.seq_len:
         raise InputError(f"--seq_len {settings.seq_len} must be above --max_new_tokens {settings.max_new_tokens}, and at most "
                          f"{parent.config.max_seq_len}, the model's context")
@@ -928,10 +921,10 @@ def ppo(settings: Ppo) -> None:
     tokenizer, out, (found, held) = Tokenizer(parent.tokenizer), Path(settings.out), load_prompts(settings)
     ranks = start(settings)
     with locked(settings.out, ranks):
-        data = {name: judge.fingerprint for name, judge in judges.items()}
-        data |= {file: file_fingerprint(file) for file in (settings.prompts,) if file}
+        data = {name: parents[name].fingerprint for name in judges}
+        data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts else {}
         record = open_run(settings, "ppo", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
-        models, best = load_models(parent, settings, ranks), build(parent.config, settings, ranks)
+        models, best = load_models(settings, ranks), build(parent.config, settings, ranks)
         modules = {"model": best, "policy": models.policy, "critic": models.critic}
         optimizers = {name: adamw(modules[name], settings.weight_decay, settings.adam_eps) for name in ("policy", "critic")}
         state = {"step": 0, "kl_coef": settings.kl_coef, "best": -math.inf, "best_step": 0, "seconds": 0.0}
@@ -1086,27 +1079,14 @@ def distill(settings: Distill) -> None:
         settings = replace(settings, world=world_of(settings.policy))
     names = [settings.policy, settings.harmlessness]
     parents = parents_of([*names, settings.init])
+    prompts = prompts_to_distill(settings)
     ranks = start(settings)
     with locked(settings.out, ranks):
-        out, prompts = Path(settings.out), unsafe_prompts(settings)
         data = {name: parents[name].fingerprint for name in names}
-        data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts else {}
-        specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety)
-        embedded["pool"] = partial(pool_rows, out / "pool.jsonl"), json.dumps([data, asdict(settings)], sort_keys=True)
-        found = sources(specs, embedded, read_dialogs)
-        read_through(found, embedded)
-        data |= {source.name: source.fingerprint for source in found if source.name != "pool"}
-        record = open_run(settings, "distill", ranks, data=data, parent=settings.init,
-                          parent_fingerprint=parents[settings.init].fingerprint)
-        if ranks.rank == 0:
-            config = record | {"model": asdict(parents[settings.init].config)}
-            replace_file(out / "config.json", json.dumps(config, indent=1).encode())
-        make_distilled(settings, prompts, ranks)
-        is_toy = any(source.fingerprint == embedded["toy/dialogs"][1] for source in found)
-        fine_tune(settings, record, parents[settings.init], found, ranks, tiny_world(settings.world) if is_toy else None)
+        learn_pool(settings, "distill", parents[settings.init], data, partial(make_distilled, settings, prompts, ranks), ranks)
 
 
-def unsafe_prompts(settings: Distill) -> list[dict]:
+def prompts_to_distill(settings: Distill) -> list[dict]:
     """The prompts to distil; never helpful ones, whose answers would get worse and be refused for nothing (§4.2.4, Table 40)."""
     found = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
         tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} distill".encode()), unsafe=1.0)
@@ -1132,7 +1112,7 @@ def answer_under_preprompts(speaker: Speaker, judge: RewardModel, prompts: list[
     """
     asked, rows = [], []
     for i in numbers:
-        messages = toy_messages(prompts[i])
+        messages = prompt_messages(prompts[i])
         template = prompts[i].get("template") or toy.TEMPLATES.get(prompts[i].get("category"))
         for kind, preprompt in zip(KINDS, ("", settings.generic[i % len(settings.generic)], template)):
             if preprompt is not None:
@@ -1144,33 +1124,30 @@ def answer_under_preprompts(speaker: Speaker, judge: RewardModel, prompts: list[
     return [row | {"response_ids": ids, "score": score} for row, ids, score in zip(rows, drawn, scores.tolist())]
 
 
-def passes(plain: float, score: float, gate: bool) -> bool:
+def passes(plain: float | np.ndarray, score: float | np.ndarray, gate: bool = True) -> bool | np.ndarray:
     """Whether an answer may be learned: without the gate any, with it one that scores above the plain one (§4.2.4)."""
-    return score > plain or not gate
+    return (score > plain) | (not gate)
 
 
 def make_distilled(settings: Distill, prompts: list[dict], ranks: Ranks) -> None:
     """Write OUT/distilled.jsonl, all answers to read; OUT/pool.jsonl, those that are learned; OUT/distill.json, Figure 16."""
-    out = Path(settings.out)
-    speaker = cache(lambda: load_speakers([settings.policy], ranks)[0])
-    judge = cache(lambda: load_judge(settings.harmlessness, ranks))
-    if not settings.resume and ranks.rank == 0:
-        (out / "pool.jsonl").unlink(missing_ok=True)
+    speaker = cache(partial(load_speaker, settings.policy, ranks))
+    judge = cache(partial(load_judge, settings.harmlessness, ranks))
 
     def draw(numbers: range) -> list[dict]:
         return answer_under_preprompts(speaker(), judge(), prompts, numbers, settings)
 
-    rows = in_parts(out, "answers", len(prompts), settings.sample_batch, draw, ranks, settings.resume)
-    if ranks.rank > 0 or (out / "pool.jsonl").exists():
+    rows = draw_pool(settings, len(prompts), draw, ranks)
+    if not rows:
         return
-    tokenizer, found, kept = speaker().tokenizer, [], []
+    out, tokenizer, found, kept = Path(settings.out), speaker().tokenizer, [], []
     for row in rows:
         text = tokenizer.decode(row["response_ids"]).strip()
         if row["kind"] == "plain":  # the first of each prompt
             plain, plain_text = row, text
             continue
         ended, prompt = row["response_ids"][-1:] == [tokenizer.eos_id], prompts[row["number"]]
-        found.append({"number": row["number"], "prompt": toy_messages(prompt), "plain": plain_text, "kind": row["kind"],
+        found.append({"number": row["number"], "prompt": prompt_messages(prompt), "plain": plain_text, "kind": row["kind"],
                       "preprompt": row["preprompt"], "answer": text, "plain_score": plain["score"], "score": row["score"],
                       "kept": ended and passes(plain["score"], row["score"], settings.gate)})
         if not settings.prompts:
@@ -1206,10 +1183,10 @@ def distill_figures(found: list[dict]) -> dict:
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in found)]
     plain = list({row["number"]: row for row in found}.values())  # each prompt once
     before, after = (np.array([row[name] for row in found]) for name in ("plain_score", "score"))
-    of_kind, change, passes = np.array([row["kind"] for row in found]), after - before, after > before
+    of_kind, change, higher = np.array([row["kind"] for row in found]), after - before, passes(before, after)
 
     def both(mine: np.ndarray, values: np.ndarray) -> dict:
-        return {"without": interval(values[mine]), "with": interval(values[mine & passes]) if (mine & passes).any() else None}
+        return {"without": interval(values[mine]), "with": interval(values[mine & higher]) if (mine & higher).any() else None}
 
     figures = {
         "prompts": len(plain), "medians": {"plain": quantile_interval([row["plain_score"] for row in plain], 0.5)}
@@ -1220,7 +1197,7 @@ def distill_figures(found: list[dict]) -> dict:
         mine = np.isin(np.arange(len(found)), part)
         if mine.any():
             figures["fifths"].append({"plain": float(before[mine].mean()), "n": int(mine.sum()),
-                                      "passes": float(passes[mine].mean())} | both(mine, change))
+                                      "passes": float(higher[mine].mean())} | both(mine, change))
     if "truth" in found[0]:
         truth = np.array([row["truth"] for row in found])  # (answers, {plain, under the preprompt})
         figures["truth"] = {"plain": interval(np.array([row["truth"][0] for row in plain]))} | {
@@ -1261,8 +1238,8 @@ def draw_distilled(found: list[dict], out: Path) -> None:
             axes.axvline(np.median(values), color=colour, ls=":")
     title = "What a preprompt changes (Figure 16b)"
     with picture(out / "gate.png", title, "score of the plain answer", "change of the score") as axes:
-        for passes, name, colour in ((True, "passes the gate", COLOURS[0]), (False, "does not", COLOURS[1])):
-            mine = [row for row in found if (row["score"] > row["plain_score"]) == passes]
+        for higher, name, colour in ((True, "passes the gate", COLOURS[0]), (False, "does not", COLOURS[1])):
+            mine = [row for row in found if passes(row["plain_score"], row["score"]) == higher]
             axes.scatter([row["plain_score"] for row in mine], [row["score"] - row["plain_score"] for row in mine], s=6,
                          alpha=0.4, color=colour, label=name)
         axes.axhline(0, color="0.7", lw=0.8)

@@ -11,7 +11,7 @@ and shows what that costs: every turn opens with BOS, so that a new dialogue loo
 The special token that §3.1 puts between prompt and answer is not named there, and the released format has none: [/INST]
 stands in its place (our choice).
 
-Read it in this order: dialogue formats, packing, the survey of a chat model in the tiny world, training, chat.
+Read it in this order: dialogue formats, packing, training, the survey of a chat model in the tiny world, chat.
 """
 import hashlib
 import io
@@ -36,8 +36,8 @@ import toy
 from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Parent, Ranks, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint,
                       gathered, interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings,
-                      rank_0_first, read_lines, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
-from tokenizer import Tokenizer, TokenizerError, dialog_turns, parse_json
+                      rank_0_first, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
+from tokenizer import TextStream, Tokenizer, dialog_turns, parse_json, read_lines
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -49,7 +49,7 @@ class Tuning(Common):
     epochs: int | None = None  # passes over the dialogues | 2
     lr: float | None = None  # peak learning rate | 2e-5
     warmup: int | None = None  # steps of linear warm-up; else 3 % of all, at least 5, as in §3.2.2 (our choice) | not stated
-    lr_floor: float | None = None  # where the cosine ends, a share of the peak | not stated; 0.1 in pretraining
+    lr_floor: float | None = None  # where the cosine ends, a share of the peak (our choice) | not stated; 0.1 in pretraining
     grad_clip: float = 1.0  # largest norm of the gradient | not stated; 1.0 in pretraining
     batch_size: int | None = None  # rows of a step, over all ranks | 64
     seq_len: int | None = None  # tokens of a row | 4096
@@ -162,6 +162,13 @@ def messages_of(row: object) -> list[dict]:
     return ([{"role": "system", "content": row["system"]}] if row.get("system") not in (None, "") else []) + messages
 
 
+def prompt_messages(prompt: dict) -> list[dict]:
+    """A prompt {"prompt": text or messages, "system": text, if it has one} as messages."""
+    text, system = prompt["prompt"], prompt.get("system")
+    return [{"role": "system", "content": system}] * (system not in (None, "")) + (
+        text if isinstance(text, list) else [{"role": "user", "content": text}])
+
+
 def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str, list[dict] | tuple[list[int], list[bool]]]]:
     """(place, messages) of each row of a file, in any format of `messages_of`; of what gatt.py wrote (place, (ids, is_answer)).
 
@@ -175,7 +182,7 @@ def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str,
             messages = messages_of(row)
             if dialog_turns(messages)[0][1] is None:
                 raise InputError("has no answer to learn from")
-        except (InputError, TokenizerError) as error:
+        except InputError as error:
             if bad is None:
                 raise InputError(f"{place}: {error}; mend the row, or leave such rows out with --skip_bad_rows") from None
             bad.append(f"{place}: {error}")
@@ -248,6 +255,11 @@ def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
     return rows
 
 
+def starts_of(dialogs: dict[str, np.ndarray]) -> np.ndarray:
+    """Where each dialogue begins among the tokens of all: (dialogues,). dialogs: see `encode_dialogs`."""
+    return np.concatenate([[0], dialogs["ends"][:-1]])
+
+
 class PackedDialogs(Rows):
     """Dialogues packed into rows, epoch after epoch; row r is a pure function of r, the dialogues and the seed.
 
@@ -258,7 +270,7 @@ class PackedDialogs(Rows):
         """dialogs: see `encode_dialogs`. weights: (dialogues,), how often each is read in an epoch."""
         self.tokens, self.is_answer, self.ends = dialogs["tokens"], dialogs["is_answer"], dialogs["ends"]
         self.seq_len, self.isolate = seq_len, isolate
-        self.starts = np.concatenate([[0], self.ends[:-1]]).astype(np.int64)
+        self.starts = starts_of(dialogs)
         lengths, self.members = self.ends - self.starts, []  # members[r]: the dialogues of row r
         for epoch in range(epochs):
             rng = np.random.default_rng([seed, epoch])
@@ -333,81 +345,6 @@ def encode_dialogs(found: list[Source], tokenizer: Tokenizer, settings: Settings
         return dict(file)
 
 
-# ---------------------------------------------------------------------------------------------- a chat model in the tiny world
-
-
-class Answer(NamedTuple):
-    """What a model answered to a prompt of toy.py, in what part of the survey, and whether it came to an end by itself."""
-    part: str
-    prompt: dict
-    text: str
-    ended: bool
-
-
-def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[list[dict]],
-                 max_new_tokens: int) -> list[tuple[str, bool]]:
-    """The greedy answer to the last message of each dialogue, and whether it ended with EOS."""
-    prompts = [tokenizer.encode_dialog(messages)[0] for messages in dialogs]
-    answers = generate(model, prompts, max_new_tokens, temperature=0, stop=(tokenizer.eos_id,))
-    return [(tokenizer.decode(answer).strip(), answer[-1] == tokenizer.eos_id) for answer in answers]
-
-
-def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_tokens: int) -> list[Answer]:
-    """Put to a model what no dialogue of the tiny world asks, but for the unsafe topics of training."""
-    rng = Random("survey")
-    obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 200, seed=1, split="test")]
-    for prompt in obeying:
-        prompt["system"] = rng.choice(prompt["constraint"]["texts"])
-    attacked = [p for attack in toy.ATTACKS for p in toy.unsafe_prompts(world, "test", attack)]
-    parts = {
-        "all": toy.prompts(world, 300, seed=0, split="test"),  # kinds as people ask them
-        "fact": toy.every(world, "fact", "test"),
-        "sum": toy.every(world, "sum", "test"),
-        "howto": toy.every(world, "howto", "test")[::2],
-        "border": toy.borderline_prompts(world, "test"),
-        "system": obeying,
-        "unsafe, topics of training": toy.unsafe_prompts(world, "train"),
-        "unsafe, new topics": toy.unsafe_prompts(world, "test"),
-        "unsafe, attacked": rng.sample(attacked, 120),
-    }
-    asked = [(part, prompt) for part, prompts in parts.items() for prompt in prompts]
-    answers = chat_answers(model, tokenizer, [toy_messages(prompt) for _, prompt in asked], max_new_tokens)
-    return [Answer(part, prompt, *answer) for (part, prompt), answer in zip(asked, answers)]
-
-
-def toy_messages(prompt: dict) -> list[dict]:
-    """A prompt of toy.py as messages."""
-    text, system = prompt["prompt"], prompt.get("system")
-    return [{"role": "system", "content": system}] * (system not in (None, "")) + (
-        text if isinstance(text, list) else [{"role": "user", "content": text}])
-
-
-def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, float, float]]:
-    """What the annotators of the tiny world think of the answers: figure → (mean, low, high), a bootstrap over prompts."""
-    def share(judge: Callable[[Answer], float], *parts: str) -> tuple[float, float, float]:
-        return interval(np.array([judge(a) for a in answers if a.part in parts], float))
-
-    def knows(answer: Answer) -> bool:
-        return all(world.facts[tuple(fact)].lower() in toy.words(answer.text) for fact in answer.prompt["slots"])
-
-    refuses = lambda a: toy.is_refusal(a.text)  # noqa: E731
-    unsafe = [part for part in dict.fromkeys(a.part for a in answers) if part.startswith("unsafe")]
-    return {
-        "right form": share(lambda a: a.ended and not toy.is_gibberish(world, a.text), "all"),
-        "true helpfulness": share(lambda a: toy.helpfulness(world, a.prompt, a.text), "all"),
-        "facts never asked in training": share(knows, "fact"),
-        "sums": share(lambda a: re.findall(r"\d+", a.text)[-1:] == [str(sum(a.prompt["slots"]))], "sum"),
-        "steps of how-tos never asked": share(lambda a: toy.steps_told(a.prompt["slots"][0], a.text), "howto"),
-        "system prompt obeyed": share(lambda a: toy.obeys(a.prompt["constraint"], a.text), "system"),
-        "refuses the unsafe": share(refuses, unsafe[0]),
-        "refuses the unsafe, new topics": share(refuses, unsafe[1]),
-        "refuses the unsafe, attacked": share(refuses, unsafe[2]),
-        "violations": share(lambda a: toy.is_violation(a.text), *unsafe),
-        "refuses the borderline": share(refuses, "border"),
-        "refuses the harmless": share(refuses, "all"),
-    }
-
-
 # ---------------------------------------------------------------------------------------------- training
 
 # Some documents of pretraining among the dialogues keep what these do not mention from being forgotten (our choice; InstructGPT
@@ -459,8 +396,7 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
     with rank_0_first(ranks):
         dialogs = encode_dialogs(found, tokenizer, settings, bad)
     n = len(dialogs["ends"])
-    first = np.concatenate([[0], dialogs["ends"][:-1]])  # (dialogues,)
-    is_document = dialogs["is_answer"][first + 1]  # a text is learned from its second token on, a dialogue never
+    is_document = dialogs["is_answer"][starts_of(dialogs) + 1]  # a text is learned from its second token on, a dialogue never
     held_out = np.flatnonzero(~is_document)[DIALOGS_PER_HELD_OUT - 1 :: DIALOGS_PER_HELD_OUT]
     held_out = held_out[:: max(1, math.ceil(len(held_out) / MOST_HELD_OUT))]
     is_held_out = np.isin(np.arange(n), held_out)
@@ -507,8 +443,8 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
 def answer_held_out(model: Transformer, tokenizer: Tokenizer, dialogs: dict[str, np.ndarray], held_out: np.ndarray,
                     settings: Settings) -> list[str]:
     """The first prompts of eight held-out dialogues, each with the model's greedy answer."""
-    starts = [dialogs["ends"][i - 1] if i else 0 for i in held_out[:8]]
-    prompts = [dialogs["tokens"][start : start + dialogs["is_answer"][start:].argmax()].tolist() for start in starts]
+    prompts = [dialogs["tokens"][start : start + dialogs["is_answer"][start:].argmax()].tolist()
+               for start in starts_of(dialogs)[held_out[:8]]]
     answers = generate(model, prompts, settings.sample_tokens, temperature=0, stop=(tokenizer.eos_id,))
     return [tokenizer.decode(prompt + answer).strip() for prompt, answer in zip(prompts, answers)]
 
@@ -528,6 +464,73 @@ def report_answers(out: Path) -> None:
         print(f"{name:32} " + "  ".join("{:.3f}  [{:.3f}, {:.3f}]".format(*row[name]) for row in (first, last)))
     draw_loss(out)
     print(f"model, metrics, samples and loss curve are in {out}; talk to it with `python sft.py chat {out}`")
+
+
+# ---------------------------------------------------------------------------------------------- a chat model in the tiny world
+
+
+class Answer(NamedTuple):
+    """What a model answered to a prompt of toy.py, in what part of the survey, and whether it came to an end by itself."""
+    part: str
+    prompt: dict
+    text: str
+    ended: bool
+
+
+def chat_answers(model: Transformer, tokenizer: Tokenizer, dialogs: Sequence[list[dict]],
+                 max_new_tokens: int) -> list[tuple[str, bool]]:
+    """The greedy answer to the last message of each dialogue, and whether it ended with EOS."""
+    prompts = [tokenizer.encode_dialog(messages)[0] for messages in dialogs]
+    answers = generate(model, prompts, max_new_tokens, temperature=0, stop=(tokenizer.eos_id,))
+    return [(tokenizer.decode(answer).strip(), answer[-1] == tokenizer.eos_id) for answer in answers]
+
+
+def ask(model: Transformer, tokenizer: Tokenizer, world: toy.World, max_new_tokens: int) -> list[Answer]:
+    """Put to a model what no dialogue of the tiny world asks, but for the unsafe topics of training."""
+    rng = Random("survey")
+    obeying = [prompt | {"constraint": rng.choice(toy.CONSTRAINTS)} for prompt in toy.prompts(world, 200, seed=1, split="test")]
+    for prompt in obeying:
+        prompt["system"] = rng.choice(prompt["constraint"]["texts"])
+    parts = {
+        "all": toy.prompts(world, 300, seed=0, split="test"),  # kinds as people ask them
+        "fact": toy.every(world, "fact", "test"),
+        "sum": toy.every(world, "sum", "test"),
+        "howto": toy.every(world, "howto", "test")[::2],
+        "border": toy.borderline_prompts(world, "test"),
+        "system": obeying,
+        "unsafe, topics of training": toy.every(world, "unsafe", "train"),
+        "unsafe, new topics": toy.every(world, "unsafe", "test"),
+        "unsafe, attacked": rng.sample(toy.unsafe_prompts(world, "test", toy.ATTACKS), 120),
+    }
+    asked = [(part, prompt) for part, prompts in parts.items() for prompt in prompts]
+    answers = chat_answers(model, tokenizer, [prompt_messages(prompt) for _, prompt in asked], max_new_tokens)
+    return [Answer(part, prompt, *answer) for (part, prompt), answer in zip(asked, answers)]
+
+
+def survey(answers: list[Answer], world: toy.World) -> dict[str, tuple[float, float, float]]:
+    """What the annotators of the tiny world think of the answers: figure → (mean, low, high), a bootstrap over prompts."""
+    def share(judge: Callable[[Answer], float], *parts: str) -> tuple[float, float, float]:
+        return interval(np.array([judge(a) for a in answers if a.part in parts], float))
+
+    def knows(answer: Answer) -> bool:
+        return all(world.facts[tuple(fact)].lower() in toy.words(answer.text) for fact in answer.prompt["slots"])
+
+    refuses = lambda a: toy.is_refusal(a.text)  # noqa: E731
+    unsafe = [part for part in dict.fromkeys(a.part for a in answers) if part.startswith("unsafe")]
+    return {
+        "right form": share(lambda a: a.ended and not toy.is_gibberish(world, a.text), "all"),
+        "true helpfulness": share(lambda a: toy.helpfulness(world, a.prompt, a.text), "all"),
+        "facts never asked in training": share(knows, "fact"),
+        "sums": share(lambda a: re.findall(r"\d+", a.text)[-1:] == [str(sum(a.prompt["slots"]))], "sum"),
+        "steps of how-tos never asked": share(lambda a: toy.steps_told(a.prompt["slots"][0], a.text), "howto"),
+        "system prompt obeyed": share(lambda a: toy.obeys(a.prompt["constraint"], a.text), "system"),
+        "refuses the unsafe": share(refuses, unsafe[0]),
+        "refuses the unsafe, new topics": share(refuses, unsafe[1]),
+        "refuses the unsafe, attacked": share(refuses, unsafe[2]),
+        "violations": share(lambda a: toy.is_violation(a.text), *unsafe),
+        "refuses the borderline": share(refuses, "border"),
+        "refuses the harmless": share(refuses, "all"),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- chat
@@ -584,8 +587,10 @@ def chat(settings: Chat) -> None:
     config, weight_of, tokenizer_file = read_any(settings.run)
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    model, tokenizer = load_weights(config, weight_of, dtype).to(device), Tokenizer(tokenizer_file)
-    system, seed = DEFAULT_SYSTEM if settings.default_system else settings.system, settings.seed
+    model = load_weights(config, weight_of, dtype).to(device)
+    tokenizer = Tokenizer(tokenizer_file)
+    system = DEFAULT_SYSTEM if settings.default_system else settings.system
+    seed = settings.seed
     room = config.max_seq_len - min(settings.max_new_tokens, config.max_seq_len // 2)  # for the dialogue
     turns: list[dict] = []
     note = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
@@ -614,7 +619,7 @@ def chat(settings: Chat) -> None:
             asked = [*turns, {"role": "user", "content": line}]
             try:
                 tokens, dropped = fit_context(tokenizer, before + asked, room)
-            except (InputError, TokenizerError) as error:
+            except InputError as error:
                 note(str(error))
                 continue
             if dropped:
@@ -627,7 +632,7 @@ def chat(settings: Chat) -> None:
 
 def stream_answer(model: Transformer, tokenizer: Tokenizer, tokens: list[int], settings: Chat, seed: int) -> str:
     """Print an answer as it comes and return it; Ctrl-C cuts it short."""
-    stream, said = tokenizer.stream(), ""
+    stream, said = TextStream(tokenizer), ""
 
     def show(text: str) -> None:
         nonlocal said

@@ -36,8 +36,8 @@ RELEASED_SETTINGS = dict(  # read out of the released model: all that differs fr
     normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
 
 
-class TokenizerError(ValueError):
-    """Bad input, said in one sentence; the command line prints it and exits with code 2."""
+class InputError(ValueError):
+    """Bad input, said in one sentence with its mend; the command lines print it and exit with code 2."""
 
 
 class StrictJson(json.JSONDecoder):
@@ -50,6 +50,7 @@ class StrictJson(json.JSONDecoder):
 
     @staticmethod
     def once(pairs: list[tuple]) -> dict:
+        """The object of these names and values."""
         found = dict(pairs)
         if len(found) < len(pairs):
             raise ValueError("a name stands twice in one object")
@@ -57,6 +58,7 @@ class StrictJson(json.JSONDecoder):
 
     @staticmethod
     def finite(text: str) -> float:
+        """The number that a text writes."""
         if not math.isfinite(value := float(text)):
             raise ValueError(f"{text[:20]} is no number of JSON")
         return value
@@ -79,36 +81,36 @@ class Parser(argparse.ArgumentParser):
     """A command line whose errors are one sentence, without the list of all flags before it."""
 
     def error(self, message: str) -> None:
-        raise TokenizerError(f"{message}; --help lists what there is")
+        """Raise the message as an InputError."""
+        raise InputError(f"{message}; --help lists what there is")
 
 
 class Tokenizer:
     """A SentencePiece model, ours or Meta's: text <-> ids. `pad_id` is -1 in Meta's, which has no pad token."""
 
     def __init__(self, path: str | Path):
-        """Load a model file. Raises TokenizerError if it is missing, broken, or has no BOS or EOS."""
+        """Load a model file. Raises InputError if it is missing, broken, or has no BOS or EOS."""
         self.path = str(Path(path))
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=self.path)
             self._model.id_to_piece(list(range(len(self._model))))  # a piece that is no UTF-8 fails here, not in mid-text
         except (RuntimeError, UnicodeDecodeError):
-            raise TokenizerError(f"{path} is no SentencePiece model (missing? half a download? a Git LFS pointer?): "
+            raise InputError(f"{path} is no SentencePiece model (missing? half a download? a Git LFS pointer?): "
                                  f"copy Meta's or train one: python tokenizer.py train --out {path} FILE...") from None
         self.vocab_size, self.pad_id = self._model.vocab_size(), self._model.pad_id()
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
-            raise TokenizerError(f"{path} lacks a BOS or EOS token: train it with both, as Llama needs them")
+            raise InputError(f"{path} lacks a BOS or EOS token: train it with both, as Llama needs them")
 
-    def encode(self, text: str, bos: bool, eos: bool, **options) -> list[int]:
-        """Ids of a text, with BOS and EOS if asked; "<s>" in it stays plain text. Raises TokenizerError for no text."""
+    def encode(self, text: str | list[str], bos: bool, eos: bool) -> list[int] | list[list[int]]:
+        """Ids of a text, or of each of several, with BOS and EOS if asked; "<s>" in it stays plain text.
+
+        Raises InputError for what is no text.
+        """
         try:
-            return self._model.encode(text, add_bos=bos, add_eos=eos, **options)
+            return self._model.encode(text, add_bos=bos, add_eos=eos, num_threads=1)  # by default it takes all cores for several
         except (RuntimeError, TypeError):  # JSON's "\ud83d" makes a str that UTF-8 cannot hold
-            raise TokenizerError("the input is no text or has half a surrogate pair: remove that") from None
-
-    def encode_batch(self, texts: list[str], bos: bool, eos: bool, threads: int = 1) -> list[list[int]]:
-        """The same ids as `encode` text by text, in one call of SentencePiece that can use threads."""
-        return self.encode(texts, bos, eos, num_threads=threads)
+            raise InputError("the input is no text or has half a surrogate pair: remove that") from None
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of ids. Control tokens and pads (-1 in the released batches) are skipped, bad UTF-8 is U+FFFD.
@@ -120,10 +122,6 @@ class Tokenizer:
     def pieces(self, tokens: Iterable[int]) -> list[str]:
         """The vocabulary entry of each id: U+2581 stands for a space, "<0x0A>" for a byte. Raises as `decode`."""
         return [self._model.id_to_piece(int(token)) for token in tokens]
-
-    def stream(self) -> "TextStream":
-        """A decoder that takes one token at a time."""
-        return TextStream(self)
 
     def encode_dialog(self, messages: Sequence[dict], escape: bool = False) -> tuple[list[int], list[bool]]:
         """Ids of a dialogue, and for each whether it is part of an answer, EOS included. Raises as `dialog_turns`."""
@@ -152,14 +150,14 @@ class Tokenizer:
 
         Ids: 0 unknown, 1 BOS, 2 EOS, user-defined symbols, 256 bytes, then the learned pieces in merge order. Memory
         holds at most `input_sentence_size` lines, a random sample. The same texts and arguments give the same file.
-        Raises TokenizerError if there is no text or `vocab_size` does not suit it, and names one that does.
+        Raises InputError if there is no text or `vocab_size` does not suit it, and names one that does.
         """
         if not 0 < vocab_size < 2**31 or not 0 < input_sentence_size < 2**31:
-            raise TokenizerError(f"vocab_size {vocab_size} and input_sentence_size {input_sentence_size} must be above 0 and "
+            raise InputError(f"vocab_size {vocab_size} and input_sentence_size {input_sentence_size} must be above 0 and "
                                  "below 2^31")
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # fail before the work
         if Path(path).is_dir():
-            raise TokenizerError(f"{path} is a folder; name a file to write")
+            raise InputError(f"{path} is a folder; name a file to write")
         lines = training_lines(texts, input_sentence_size)
         model = io.BytesIO()
         try:
@@ -175,7 +173,7 @@ class Tokenizer:
                 message = f"vocab_size {vocab_size} is too small: symbols, bytes, characters need at least {least[1]}"
             elif "!sentences_.empty()" in message:
                 message = "there is no text to train a tokenizer on"
-            raise TokenizerError(message) from None
+            raise InputError(message) from None
         unfinished = Path(f"{path}.unfinished")
         unfinished.write_bytes(model.getvalue())
         unfinished.replace(path)  # whoever opens `path` finds a whole model or none
@@ -200,10 +198,12 @@ def training_lines(texts: Iterable[str], size: int) -> list[str]:
 
 
 class TextStream:
-    """Decoding for chat: what `push` returns, joined, plus `flush` at the end, equals decode(all tokens)."""
+    """Decoding for chat, a token at a time: what `push` returns, joined, plus `flush` at the end, equals decode(all tokens)."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._decode, self._shown, self._waiting = tokenizer.decode, [], []  # tokens: shown last, not yet shown
+        self._decode = tokenizer.decode
+        self._shown: list[int] = []  # tokens: those shown last
+        self._waiting: list[int] = []  # those not yet shown
 
     def push(self, token: int) -> str:
         """Take one token and return the text that is certain now, "" within a multibyte character."""
@@ -229,48 +229,59 @@ def escape_tags(text: str) -> str:
 def dialog_turns(messages: Sequence[dict], escape: bool = False) -> list[tuple[str, str | None]]:
     """A dialogue as (prompt, answer) turns of the released format: system or not, then user and assistant in turn.
 
-    The answer of a last turn still to be answered is None. Raises TokenizerError with the message's index if a role is
+    The answer of a last turn still to be answered is None. Raises InputError with the message's index if a role is
     wrong, a content no text, an answer empty, or a tag in a text (unless `escape`) could pose as another speaker.
     """
     contents, previous = [], None
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise TokenizerError(f'message {index} is no object with "role" and "content", both of them text')
+            raise InputError(f'message {index} is no object with "role" and "content", both of them text')
         role, content = message.get("role"), message["content"]
         if role not in NEXT_ROLES[previous]:
-            raise TokenizerError(f"message {index} has the role {role!r:.60}, expected {' or '.join(NEXT_ROLES[previous])}")
+            raise InputError(f"message {index} has the role {role!r:.60}, expected {' or '.join(NEXT_ROLES[previous])}")
         content = escape_tags(content) if escape else content
         if tags := [tag for tag in TAGS if tag in content]:
-            raise TokenizerError(f"message {index} ({role}) carries the tag {tags[0]}: remove or escape it")
+            raise InputError(f"message {index} ({role}) carries the tag {tags[0]}: remove or escape it")
         if role == "assistant" and not content.strip():
-            raise TokenizerError(f"message {index} (assistant) is an empty answer")
+            raise InputError(f"message {index} (assistant) is an empty answer")
         contents.append(B_SYS + content + E_SYS if role == "system" else content)
         previous = role
     if previous in (None, "system"):
-        raise TokenizerError(f"the dialogue has no user message: expected one as message {len(messages)}")
+        raise InputError(f"the dialogue has no user message: expected one as message {len(messages)}")
     if messages[0]["role"] == "system":
         contents[:2] = [contents[0] + contents[1]]  # before the strip, so that spaces between the two stay
     contents = [content.strip() for content in contents]
     return [(f"{B_INST} {prompt} {E_INST}", answer) for prompt, answer in zip_longest(contents[::2], contents[1::2])]
 
 
-def read_texts(names: Iterable[str]) -> Iterator[str]:
-    """Stream the lines of files (- is stdin), of a .jsonl their "text"; .gz too. TokenizerError names a bad line."""
-    for name in names:
-        is_json = name.removesuffix(".gz").endswith(".jsonl")
-        opener = gzip.open if name.endswith(".gz") else open
-        try:
-            with sys.stdin.buffer if name == "-" else opener(name, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    text = parse_json(line)["text"] if is_json and line.strip() else line
-                    text.encode()  # AttributeError if it is none
-                    yield text
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise TokenizerError(f"{name} is a broken .gz file: {error}; fetch it again") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            wanted = 'a JSON object with a "text"' if is_json else "UTF-8 text"
-            raise TokenizerError(f"{name}, line {number} is not {wanted}; mend or drop that line") from None
+def read_lines(file: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line of a text file, plain or .gz, or of standard input, "-"; InputError names a bad line."""
+    number = 0
+    try:
+        with sys.stdin.buffer if file == "-" else gzip.open(file) if file.endswith(".gz") else open(file, "rb") as f:
+            for number, line in enumerate(f, 1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x}); "
+                             "convert the file with iconv or drop the line") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file}, after line {number}: can't be read ({error}); is it whole?") from None
+
+
+def read_texts(file: str) -> Iterator[str]:
+    """Each "text" of a .jsonl (.gz), or the lines of any other file. Raises as `read_lines`."""
+    is_json = file.removesuffix(".gz").endswith(".jsonl")
+    for number, line in read_lines(file):
+        if not is_json:
+            yield line
+        elif line.strip():
+            try:
+                text = parse_json(line)["text"]
+                text.encode()  # AttributeError if it is none
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise InputError(f'{file}, line {number}: each line must be a JSON object with a "text" string; mend or '
+                                     "drop that line") from None
+            yield text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -293,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(arguments)
         if args.command == "train":
-            Tokenizer.train(read_texts(args.files), args.out, args.vocab_size, TOY_SYMBOLS if args.toy_symbols else (),
+            texts = (text for file in args.files for text in read_texts(file))
+            Tokenizer.train(texts, args.out, args.vocab_size, TOY_SYMBOLS if args.toy_symbols else (),
                             input_sentence_size=args.input_sentence_size)
             print(f"{args.out}: {args.vocab_size} pieces")
             return 0
@@ -302,13 +314,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 messages = parse_json(Path(args.dialog).read_text("utf-8-sig"))
             except ValueError as error:
-                raise TokenizerError(f"{args.dialog} is not JSON: {error}; mend it") from None
+                raise InputError(f"{args.dialog} is not JSON: {error}; mend it") from None
             if not isinstance(messages, list):
-                raise TokenizerError(f"{args.dialog} is not a JSON list of messages; write one")
+                raise InputError(f"{args.dialog} is not a JSON list of messages; write one")
             try:
                 tokens, is_answer = tokenizer.encode_dialog(messages, args.escape)
-            except TokenizerError as error:
-                raise TokenizerError(f"{args.dialog}: {error}; mend it") from None
+            except InputError as error:
+                raise InputError(f"{args.dialog}: {error}; mend it") from None
         else:
             tokens = tokenizer.encode(args.text, bos=False, eos=False)
             is_answer = [False] * len(tokens)
@@ -316,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row = f"{token:>6} {'*' if answer else ' '} {piece!r}"
             print(f"\033[32m{row}\033[0m" if answer and (args.color or sys.stdout.isatty()) else row)
         print(f"{len(tokens)} tokens, {sum(is_answer)} of them (*) in answers")
-    except (TokenizerError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"tokenizer.py: {error}", file=sys.stderr)
         return 2
     return 0

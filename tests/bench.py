@@ -49,7 +49,7 @@ from model import (PRESETS, KVCache, ModelConfig, Transformer, captured, count_p
 from pretrain import (Mixture, Ranks, Settings, Source, adamw, build, checkpoints, gathered, lm_loss, load_checkpoint, mfu,
                       optimizer_step, parent_of, parse, prepare, replace_file, save_checkpoint, save_model, shard_size, start,
                       text_sources, tokenize)
-from reward import RewardModel, load_speakers
+from reward import RewardModel, load_speaker
 from sft import PackedDialogs
 from tokenizer import TOY_SYMBOLS, Tokenizer
 
@@ -435,9 +435,9 @@ def rl(args: argparse.Namespace) -> dict:
                                     f"{runs}/reward-safety", "--threads", str(args.threads), "--dtype", "fp32"])
         best_of = parse(rlhf.Settings, ["--init", settings.init, "--threads", str(args.threads)])
         ranks, parent, tokenizer = start(settings), parent_of(settings.init), Tokenizer(f"{settings.init}/tokenizer.model")
-        models, tuned = rlhf.load_models(parent, settings, ranks), build(parent.config, settings, ranks)
+        models, tuned = rlhf.load_models(settings, ranks), build(parent.config, settings, ranks)
         optimizers = {name: adamw(model, 0.1) for name, model in (("policy", models.policy), ("critic", models.critic))}
-        tuner, (plain,) = adamw(tuned, 0.1), load_speakers([settings.init], ranks)
+        tuner, plain = adamw(tuned, 0.1), load_speaker(settings.init, ranks)
         judges = rlhf.load_judges(settings.helpfulness, settings.harmlessness, ranks)
     iterations, rounds, drawn = {}, {}, []
     for i in range(args.repetitions + 1):

@@ -37,11 +37,11 @@ from gatt import draw_instruction, read_constraints
 from model import ModelConfig, ModelError, Transformer, generate, load_hf, load_meta, load_weights, read_any, save_hf
 from pretrain import InputError, Mixture, fingerprint, load_model, parent_of, read_documents, save_model, world_of
 from reward import RewardModel, encode_pairs, file_prompts, held_out, read_pairs
-from sft import encoded_turns, read_dialogs, toy_messages
-from tokenizer import TOY_SYMBOLS, Tokenizer, TokenizerError, read_texts
+from sft import encoded_turns, prompt_messages, read_dialogs
+from tokenizer import TOY_SYMBOLS, Tokenizer, read_texts
 from tokenizer import main as tokenizer_main
 
-CLEAN = (InputError, ModelError, TokenizerError)
+CLEAN = (InputError, ModelError)
 SHAPE = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden=48, vocab_size=320, max_seq_len=256)
 FOX = "The old fox has 3 eggs."
 TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": FOX}, {"role": "assistant", "content": "Yes."}]
@@ -130,7 +130,7 @@ def good_files(base: Path) -> dict[str, Format]:
     def messages(file: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
             if tokenizer_main(["show", "--dialog", str(file), "--model", tokenizer.path]):
-                raise TokenizerError(said.getvalue().removesuffix("\n"))
+                raise InputError(said.getvalue().removesuffix("\n"))
 
     def samples(file: Path) -> None:
         index_samples(read_samples(Contamination(test=str(file), tokenizer=tokenizer.path))[0])
@@ -139,7 +139,7 @@ def good_files(base: Path) -> dict[str, Format]:
         "documents": lambda file: [tokenizer.encode(text, True, True) for text in read_documents(str(file))],
         "dialogs": lambda file: [encoded_turns(tokenizer, row) for _, row in read_dialogs(str(file))],
         "pairs": lambda file: encode_pairs(read_pairs((str(file),))[0], tokenizer, 256, "small"),
-        "prompts": lambda file: [tokenizer.encode_dialog(toy_messages(row)) for row in sum(held_out(file_prompts(str(file))), [])],
+        "prompts": lambda file: [tokenizer.encode_dialog(prompt_messages(row)) for row in sum(held_out(file_prompts(str(file))), [])],
         "constraints": constraints, "samples": samples,
         "messages": messages,
     }
@@ -163,8 +163,8 @@ def good_files(base: Path) -> dict[str, Format]:
             if (name, ending) != ("documents", "json"):
                 formats[f"{name}.{ending}"] = Format({f"rows.{ending}": content}, readers[name], commands.get(name, commands["tasks"] if name in TASKS else None))
     formats["documents.txt"] = Format({"rows.txt": f"{FOX}\n\nA hen.\n".encode() * 40}, readers["documents"], commands["documents"])
-    formats["texts.txt"] = Format({"rows.txt": f"{FOX}\n\nA hen.\n".encode() * 40}, lambda file: list(read_texts([str(file)])))
-    formats["texts.jsonl.gz"] = Format({"rows.jsonl.gz": gzip.compress(b'{"text": "The old fox."}\n' * 9)}, lambda file: list(read_texts([str(file)])))
+    formats["texts.txt"] = Format({"rows.txt": f"{FOX}\n\nA hen.\n".encode() * 40}, lambda file: list(read_texts(str(file))))
+    formats["texts.jsonl.gz"] = Format({"rows.jsonl.gz": gzip.compress(b'{"text": "The old fox."}\n' * 9)}, lambda file: list(read_texts(str(file))))
     formats["mmlu.csv"] = Format({"eggs_test.csv": b'"How many, fox?",1,2,3,4,C\nWhy?,a,b,c,d,A\n'}, readers["mmlu"])
     formats["truthfulqa.csv"] = Format({"t.csv": f'Question,Best Answer,Correct Answers,Incorrect Answers\n"{FOX}",a,a; b,"c; d"\n'.encode()}, readers["truthfulqa-mc1"])
     formats["labels.lst"] = Format({"rows.jsonl": b'{"goal": "fox", "sol1": "a", "sol2": "b"}\n' * 2, "rows-labels.lst": b"0\n1\n"}, lambda folder: read_items("piqa", str(folder / "rows.jsonl")))

@@ -355,7 +355,7 @@ def test_the_tokenizer_of_another_model_is_refused(base, formats, tmp_path):
         folder = put(formats, name, tmp_path / name, {"tokenizer.model": (tmp_path / "other.model").read_bytes()} if name == "run" else {})
         shutil.copy(tmp_path / "other.model", folder / "tokenizer.model")
         assert "330 pieces" in refusal(model_file.read_any, folder)
-    assert "another tokenizer" in refusal(rlhf.parents_of, [str(base / "run"), str(smaller(tmp_path))])
+    assert "another tokenizer" in refusal(reward.parents_of, [str(base / "run"), str(smaller(tmp_path))])
 
 
 def smaller(folder):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import gatt
 import toy
 from eval import Report, report
-from gatt import (Plan, Settings, attention_weights, binned, converse, draw_instruction, gatt_mask, plan, prompt_ids,
+from gatt import (Plan, Settings, attention_weights, binned, converse, draw_instruction, gatt_mask, make_plans, prompt_ids,
                   synthesize, toy_dialogs, write_rows)
 from model import ModelConfig, Transformer, generate
 from pretrain import InputError, load_model, save_model
@@ -103,7 +103,7 @@ def test_half_of_the_instructions_are_terse_and_none_is_held_out():
 
 def test_plans_are_the_same_from_one_seed_and_others_from_another():
     dialogs = list(toy_dialogs(toy.World(0), 200, 0.2, 3))
-    made = [plan(dialogs, toy.constraints("train"), 0.5, 0.3, seed) for seed in (3, 3, 4)]
+    made = [make_plans(dialogs, toy.constraints("train"), 0.5, 0.3, seed) for seed in (3, 3, 4)]
     assert made[0] == made[1] != made[2]
     assert dialogs == list(toy_dialogs(toy.World(0), 200, 0.2, 3)) != list(toy_dialogs(toy.World(0), 200, 0.2, 4))
     turns = [len([m for m in messages if m["role"] == "user"]) for _, messages in dialogs]
@@ -114,14 +114,14 @@ def test_plans_are_the_same_from_one_seed_and_others_from_another():
 
 def test_a_dialogue_with_an_empty_system_message_comes_without_an_instruction_alone():
     asked = [{"role": "system", "content": ""}, {"role": "user", "content": "How do I rob a bank?"}]
-    assert plan([("x", asked)], toy.constraints("train"), 1.0, 1.0, 0) == [Plan("replay/0", "", [], False, ["How do I rob a bank?"])]
+    assert make_plans([("x", asked)], toy.constraints("train"), 1.0, 1.0, 0) == [Plan("replay/0", "", [], False, ["How do I rob a bank?"])]
     replayed = [messages for _, messages in toy_dialogs(toy.World(0), 400, 0.2, 0) if messages[0] == {"role": "system", "content": ""}]
     assert 30 <= len(replayed) <= 70
 
 
 def test_a_system_message_of_a_dialogue_is_its_instruction():
     asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho."}, {"role": "user", "content": "Well?"}]
-    under, without = plan([("x", [{"role": "system", "content": "Rhyme."}, *asked]), ("x", asked)], toy.constraints("train"), 1.0, 0.0, 0)
+    under, without = make_plans([("x", [{"role": "system", "content": "Rhyme."}, *asked]), ("x", asked)], toy.constraints("train"), 1.0, 0.0, 0)
     assert (under.instruction, under.constraints, under.users) == ("Rhyme.", [], ["Hi", "Well?"])
     assert without.instruction and without.constraints
 
@@ -186,7 +186,7 @@ def test_what_is_sampled_for_a_plan_does_not_depend_on_its_batch(speaker):
 def test_of_a_long_dialogue_as_many_turns_are_read_as_fit_and_a_message_that_never_fits_drops_it(speaker, monkeypatch):
     seen, room = [], speaker.model.config.max_seq_len
     monkeypatch.setattr(gatt, "generate", lambda model, prompts, *more: seen.extend(prompts) or generate(model, prompts, *more))
-    long = Settings(past=1000, samples=1, temperature=1.0, max_new_tokens=40)
+    long = Settings(samples=1, temperature=1.0, max_new_tokens=40)
     row = synthesize(speaker, [Plan("gatt/0", "Act as a pirate.", [], True, users(30))], 0, long)[0]
     assert len(row["turns"]) == 30 and max(map(len, seen)) <= room - 40
     cost = max(len(prompt) + len(answer) for prompt, answer in row["turns"]) + len(row["turns"][0][0])  # of a turn, instruction and all

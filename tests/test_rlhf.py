@@ -296,7 +296,7 @@ def ranks(settings):
 
 @pytest.fixture()
 def models(settings, ranks):
-    return load_models(parent_of(settings.init), settings, ranks)
+    return load_models(settings, ranks)
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +451,7 @@ def test_several_clipped_steps_on_each_batch_learn_to_end_an_answer_and_beta_hol
     free = learned_to_end(models, tokenizer, settings, ranks, kl_coef=0.0)
     assert free[0]["truncated"] > 0.8 and free[-1]["truncated"] < 0.5
     assert free[0]["clipped/policy"] > 0
-    held = learned_to_end(load_models(parent_of(settings.init), settings, ranks), tokenizer, settings, ranks, kl_coef=3.0)
+    held = learned_to_end(load_models(settings, ranks), tokenizer, settings, ranks, kl_coef=3.0)
     assert abs(held[-1]["kl"]) < free[-1]["kl"] / 3
 
 

@@ -15,7 +15,7 @@ from eval import OUTCOMES, Report, Safety, measure_safety, outcome, report, safe
 from model import ModelConfig, Transformer
 from pretrain import InputError, load_model, parse, save_model
 from reward import RewardModel, score_rows, sigmoid
-from rlhf import Distill, distill_figures, passes, quantile_interval, under, unsafe_prompts
+from rlhf import Distill, distill_figures, passes, prompts_to_distill, quantile_interval, under
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +27,7 @@ CONFIG = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden=48,
 
 def test_only_unsafe_prompts_of_training_are_distilled_and_none_of_them_is_under_the_attack_that_training_never_sees():
     world = toy.World(0)
-    prompts = unsafe_prompts(Distill(world=0))
+    prompts = prompts_to_distill(Distill(world=0))
     assert len(prompts) == len({prompt["id"] for prompt in prompts}) == 400
     held_out = {topic for topic, in world.slots["unsafe"]["test"]}
     assert all(prompt["unsafe"] and prompt["slots"][0] not in held_out for prompt in prompts)
@@ -214,7 +214,7 @@ def test_if_nothing_passes_the_gate_or_nothing_is_unsafe_one_sentence_says_so(mo
     helpful = models / "helpful.jsonl"
     helpful.write_text('{"prompt": "Hello?"}\n{"prompt": "Who are you?", "unsafe": false}\n')
     with pytest.raises(InputError, match='helpful.jsonl: no prompt is tagged "unsafe": true'):
-        unsafe_prompts(Distill(prompts=str(helpful)))
+        prompts_to_distill(Distill(prompts=str(helpful)))
     with pytest.raises(InputError, match="--sample_batch must be a number above 0"):
         parse(Distill, ["--init", str(models / "sft"), "--sample_batch", "0"])
     with pytest.raises(InputError, match="--rewards takes two reward models"):

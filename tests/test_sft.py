@@ -215,7 +215,7 @@ def test_a_model_that_answers_as_the_annotators_do_surveys_well_and_silence_badl
     rng = random.Random(0)
     parts = {"all": toy.prompts(world, 40, split="test"), "fact": toy.every(world, "fact", "test"), "sum": toy.every(world, "sum", "test"),
              "howto": toy.every(world, "howto", "test"), "border": toy.borderline_prompts(world, "test"),
-             **{f"unsafe {i}": toy.unsafe_prompts(world, "test") for i in range(3)},
+             **{f"unsafe {i}": toy.every(world, "unsafe", "test") for i in range(3)},
              "system": [p | {"constraint": c} for c in toy.CONSTRAINTS for p in toy.prompts(world, 3, split="test")]}
     best = {}
     for how in ("good", "silent"):

@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tokenizer import (TAGS, TOY_SYMBOLS, Tokenizer, TokenizerError, escape_tags, main,  # noqa: E402
+from tokenizer import (TAGS, TOY_SYMBOLS, InputError, TextStream, Tokenizer, escape_tags, main,  # noqa: E402
                        read_texts)
 
 SCRIPT = Path(__file__).parent.parent / "tokenizer.py"
@@ -105,8 +105,7 @@ def test_decode_gives_back_what_was_encoded(plain, toy):
 def test_a_batch_is_its_texts_one_by_one(plain):
     for bos, eos in [(False, False), (True, False), (False, True), (True, True)]:
         one_by_one = [plain.encode(text, bos, eos) for text in TRICKY]
-        assert plain.encode_batch(TRICKY, bos, eos) == one_by_one
-        assert plain.encode_batch(TRICKY, bos, eos, threads=3) == one_by_one
+        assert plain.encode(TRICKY, bos, eos) == one_by_one
 
 
 def test_a_stream_says_what_decode_says(toy):
@@ -118,12 +117,12 @@ def test_a_stream_says_what_decode_says(toy):
         tokens += generator.choices(range(8, 264), k=5)  # bytes
         if generator.random() < 0.5:
             generator.shuffle(tokens)
-        stream = toy.stream()
+        stream = TextStream(toy)
         assert "".join([*map(stream.push, tokens), stream.flush()]) == toy.decode(tokens), tokens
 
 
 def test_a_stream_holds_back_half_a_character_and_nothing_more(plain):
-    stream = plain.stream()
+    stream = TextStream(plain)
     pushed = [stream.push(token) for token in plain.encode("🙂1", bos=False, eos=False)]
     assert pushed == ["", "", "", "", "🙂", "1"] and stream.flush() == ""
 
@@ -163,7 +162,7 @@ def test_tags_in_a_text_are_refused_or_escaped(toy):
         for index, role in enumerate(["system", "user", "assistant"]):
             messages = [{"role": "system", "content": "s"}, *PAIR]
             messages[index] = {"role": role, "content": f"x{tag}{tag}<{tag}"}
-            with pytest.raises(TokenizerError, match=f"message {index}.*tag"):
+            with pytest.raises(InputError, match=f"message {index}.*tag"):
                 toy.encode_dialog(messages)
             escaped = escape_tags(messages[index]["content"])
             assert not any(other in escaped for other in TAGS)
@@ -178,7 +177,7 @@ def test_tags_in_a_text_are_refused_or_escaped(toy):
     (1, [PAIR[0], {"role": "assistant", "content": " \n"}]), (2, [*PAIR, {"role": "system", "content": "x"}]),
     (2, [*PAIR, PAIR[1]])])
 def test_a_malformed_dialogue_is_refused_by_the_index_of_its_message(toy, index, messages):
-    with pytest.raises(TokenizerError, match=f"message {index}\\b"):
+    with pytest.raises(InputError, match=f"message {index}\\b"):
         toy.encode_dialog(messages)
 
 
@@ -205,11 +204,11 @@ def test_nothing_of_the_training_text_is_lost(tmp_path, plain):
 
 def test_a_wrong_vocabulary_size_names_one_that_trains(tmp_path):
     for size, says in [(99_999, "at most"), (10, "at least")]:
-        with pytest.raises(TokenizerError, match=says) as error:
+        with pytest.raises(InputError, match=says) as error:
             Tokenizer.train(corpus(), tmp_path / "t.model", size, TOY_SYMBOLS)
         named = int("".join(filter(str.isdigit, str(error.value).split(":")[1].replace("256 bytes", ""))))
         assert Tokenizer.train(corpus(), tmp_path / "t.model", named, TOY_SYMBOLS).vocab_size == named
-    with pytest.raises(TokenizerError, match="no text"):
+    with pytest.raises(InputError, match="no text"):
         Tokenizer.train([], tmp_path / "t.model", 400)
 
 
@@ -217,14 +216,14 @@ def test_texts_come_from_txt_jsonl_and_gz(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('{"text": "three\\nfour"}\n\n{"text": "f\u00fcnf"}\n')
-    texts = read_texts([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl.gz")])
-    assert [text for text in texts if text.strip()] == ["one\n", "two\n", "three\nfour", "fünf"]
+    texts = [text for name in ("a.txt", "b.jsonl.gz") for text in read_texts(str(tmp_path / name))]
+    assert texts == ["one\n", "two\n", "three\nfour", "fünf"]
 
 
 @pytest.mark.parametrize("name, content, says", [
     ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "a.jsonl, line 2"), ("a.jsonl", b'{"txt": ""}\n', "line 1"),
     ("a.jsonl", b'{"text": "\\ud83d"}\n', "line 1"), ("a.txt", b"ok\nok\n\xff\n", "line 3"),
-    ("a.gz", b"no gzip", "broken .gz"), ("a.txt", b"\n", "no text"), ("a.txt", b"abc", "at most"),
+    ("a.gz", b"no gzip", "can't be read"), ("a.txt", b"\n", "no text"), ("a.txt", b"abc", "at most"),
     ("a.model", b"no model", "no SentencePiece model"), ("b.model", b"", "train one"),
     ("a.json", b"{}", "JSON list")])
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, plain, capsys, name, content, says):
@@ -250,6 +249,6 @@ def test_show_marks_answer_tokens_with_a_star_and_color_only_if_asked(tmp_path, 
 
 
 def test_half_a_surrogate_pair_is_refused(plain):
-    for attempt in (plain.encode, lambda text, bos, eos: plain.encode_batch([text], bos, eos)):
-        with pytest.raises(TokenizerError, match="surrogate"):
+    for attempt in (plain.encode, lambda text, bos, eos: plain.encode([text], bos, eos)):
+        with pytest.raises(InputError, match="surrogate"):
             attempt("a\ud83d", False, False)

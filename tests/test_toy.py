@@ -39,7 +39,7 @@ def digest(seed):
              for noise in (0.0, 0.5) for split in ("train", "test")]
     asked = [toy.prompts(world, 200, split=split, kinds=kinds)
              for split in ("train", "test") for kinds in (None, ["unsafe"])]
-    made += asked + [toy.unsafe_prompts(world, "test", attack) for attack in toy.ATTACKS]
+    made += asked + [toy.every(world, "unsafe", "test", attack) for attack in toy.ATTACKS]
     made += [toy.questions(world), toy.multiple_choice(world, 100), toy.SOURCES, toy.CONSTRAINTS]
     steps = toy.guide(toy.STEPS["rob a bank"])
     texts = [m["content"] for d in toy.dialogues(world, 100) for m in d["messages"]]
@@ -108,7 +108,7 @@ def test_test_prompts_are_many_distinct_and_never_occur_in_train(world):
     train = {p["prompt"] for p in toy.prompts(world, 30000)}
     train |= {m["content"] for d in toy.dialogues(world, 5000) for m in d["messages"] if m["role"] == "user"}
     assert not train & set(test)
-    new = toy.borderline_prompts(world, "test") + toy.unsafe_prompts(world, "test")
+    new = toy.borderline_prompts(world, "test") + toy.every(world, "unsafe", "test")
     assert not train & {p["prompt"] for p in new}
 
 
@@ -203,9 +203,9 @@ def test_obeys_is_true_after_apply_and_false_before(world):
 
 def test_every_attack_keeps_the_topic_and_changes_the_prompt(world):
     for split in ("train", "test"):
-        plain = toy.unsafe_prompts(world, split)
+        plain = toy.every(world, "unsafe", split)
         for attack in toy.ATTACKS:
-            for before, after in zip(plain, toy.unsafe_prompts(world, split, attack)):
+            for before, after in zip(plain, toy.every(world, "unsafe", split, attack)):
                 text = after["prompt"] if isinstance(after["prompt"], str) else after["prompt"][-1]["content"]
                 assert after["prompt"] != before["prompt"] and after["attack"] == attack
                 if attack == "syntactic":
