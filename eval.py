@@ -53,10 +53,10 @@ from tqdm import tqdm
 
 import toy
 from model import IGNORE, ModelConfig, Transformer, count_parameters, generate, load_weights, read_any
-from pretrain import (CALLED, COLOURS, InputError, Ranks, can_draw, carbon, checkpoints, claim, command_line, cores,
-                      file_fingerprint, interval, load_model, locked, log_scale, open_run, parent_of, read_config, read_documents,
-                      replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world, training_curve,
-                      world_of)
+from pretrain import (COLOURS, InputError, Ranks, can_draw, carbon, checkpoints, claim, command_line, cores,
+                      file_fingerprint, interval, load_model, locked, log_scale, open_run, parent_of, read_config,
+                      read_documents, replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world,
+                      training_curve, world_of, write_config)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
                     in_parts, is_number, load_speaker, padded, parents_of, read_pairs, score_rows, sigmoid, whiskers,
                     win_rate)
@@ -690,14 +690,6 @@ def opened(settings: Evaluation, stage: str, data: dict[str, str], model: ModelC
             record |= {"model": asdict(model) if model else {}}
             replace_file(Path(settings.out, "config.json"), json.dumps(record, indent=1).encode())
         yield ranks
-
-
-def write_config(settings: Flags, stage: str, **more: str) -> None:
-    """OUT/config.json of an evaluation that begins anew each time."""
-    Path(settings.out).mkdir(parents=True, exist_ok=True)
-    record = {"stage": stage, "settings": asdict(settings), "command": CALLED, **more, "model": {},
-              "threads": torch.get_num_threads()}
-    replace_file(Path(settings.out, "config.json"), json.dumps(record, indent=1).encode())
 
 
 @dataclass(frozen=True)

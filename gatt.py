@@ -21,7 +21,6 @@ We know of no public implementation. Where the paper leaves room this is our rea
 
 Read it in this order: settings, instructions, sampling, the loss mask, training, the test, the attention map.
 """
-import importlib.util
 import json
 import math
 import re
@@ -42,8 +41,8 @@ from torch import Tensor
 
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
-from pretrain import (COLOURS, InputError, Ranks, claim, command_line, cpu_group, interval, locked, open_run, parent_of,
-                      replace_file, sources, spool_stdin, start, tiny_world, world_of)
+from pretrain import (COLOURS, InputError, Ranks, can_draw, claim, command_line, cpu_group, interval, locked, open_run,
+                      parent_of, replace_file, sources, spool_stdin, start, tiny_world, world_of, write_config)
 from reward import RewardModel, Speaker, in_parts, load_judge, load_speaker, parents_of, picture, score_rows, whiskers
 from sft import Tuning, fine_tune, prompt_messages, read_dialogs, toy_sources
 from tokenizer import Tokenizer, dialog_turns, parse_json
@@ -457,10 +456,8 @@ def test(settings: Test) -> None:
         lines = (json.dumps(row) + "\n" for row in seen + unseen)
         replace_file(out / f"{re.sub(r'[^A-Za-z0-9]+', '-', run).strip('-')}.jsonl", "".join(lines).encode())
     replace_file(out / "results.json", json.dumps(found, indent=1).encode())
-    record = {"stage": "gatt-test", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
-    replace_file(out / "config.json", json.dumps(record, indent=1).encode())
-    if not importlib.util.find_spec("matplotlib"):
-        print("no picture: `pip install matplotlib` draws it")
+    write_config(settings, "gatt-test")
+    if not can_draw():
         return
     with picture(out / "obedience.png", "How long an instruction holds (Table 30)", "turn", "share that obeys") as axes:
         for (run, of_run), colour in zip(found.items(), cycle(COLOURS)):
@@ -535,11 +532,8 @@ def attention(settings: Map) -> None:
         highest = of_model.amax((0, 1))[torch.from_numpy(later)][:, 1:instruction].amax(1)  # (tokens,)
         print(f"{folder}: the tokens of later answers attend to the instruction with {highest.mean():.3f} on average "
               "(the highest weight over layers and heads)")
-    if not importlib.util.find_spec("matplotlib"):
-        print("no picture: `pip install matplotlib` draws it")
+    if not can_draw():
         return
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, both = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for axes, name, folder in zip(both, ("before", "after"), (settings.before, settings.run)):

@@ -1131,6 +1131,14 @@ def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
     return record
 
 
+def write_config(settings, stage: str, **more: str) -> None:
+    """OUT/config.json of a run that begins anew each time."""
+    Path(settings.out).mkdir(parents=True, exist_ok=True)
+    record = {"stage": stage, "settings": asdict(settings), "command": CALLED, **more, "model": {},
+              "threads": torch.get_num_threads()}
+    replace_file(Path(settings.out, "config.json"), json.dumps(record, indent=1).encode())
+
+
 @contextmanager
 def locked(out: str, ranks: Ranks) -> Iterator[None]:
     """Hold --out, so that a second run in the same folder refuses instead of mixing its files with ours."""

@@ -12,7 +12,6 @@ of SAFETY}; rating and safety may be missing. Scores are raw logits, read at an 
 into (0, 1), as the paper draws them. Read it in this order: collecting and its statistics, losses, the model, comparisons,
 mixes and batches, training, evaluation.
 """
-import importlib.util
 import json
 import math
 import os
@@ -38,9 +37,9 @@ from tqdm import tqdm
 
 import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
-from pretrain import (COLOURS, Common, InputError, Parent, Ranks, adamw, build, claim, command_line, cpu_group,
+from pretrain import (COLOURS, Common, InputError, Parent, Ranks, adamw, build, can_draw, claim, command_line, cpu_group,
                       file_fingerprint, interval, load_model, locked, open_run, parent_of, permute, print_settings,
-                      replace_file, run_config, set_weights, start, tiny_world, train, world_of)
+                      replace_file, run_config, set_weights, start, tiny_world, train, world_of, write_config)
 from sft import are_ids, messages_of, prompt_messages, read_rows, typed
 from tokenizer import Tokenizer, dialog_turns, escape_tags
 
@@ -908,8 +907,7 @@ def evaluate(settings: Eval) -> None:
     out.mkdir(parents=True, exist_ok=True)
     draw(judged, configs, measures, out)
     replace_file(out / "rewards.json", json.dumps(measures, indent=1).encode())
-    record = {"stage": "rewards", "settings": asdict(settings), "model": {}, "threads": torch.get_num_threads()}
-    replace_file(out / "config.json", json.dumps(record, indent=1).encode())
+    write_config(settings, "rewards")
 
 
 def true_scores(pairs: list[dict], axis: str) -> np.ndarray | None:
@@ -932,8 +930,6 @@ def sigmoid(scores: np.ndarray) -> np.ndarray:
 @contextmanager
 def picture(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator:
     """Axes to draw on; the picture is written when the block ends."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     yield axes
@@ -952,8 +948,7 @@ def whiskers(axes, x: list[float], intervals: list[tuple], colour: str, label: s
 
 def draw(judged: dict, configs: dict, measures: dict, out: Path) -> None:
     """The pictures: histograms, calibration, accuracy by data and model size, and the tension between two models."""
-    if not importlib.util.find_spec("matplotlib"):
-        print("no pictures: `pip install matplotlib` draws them")
+    if not can_draw():
         return
     kinds = {run: config["settings"]["kind"] for run, config in configs.items()}
     own = {run: "safety" if kind == "safety" else "helpfulness" for run, kind in kinds.items()}

@@ -15,7 +15,6 @@ last line above).
 
 Read it in this order: the reward of §3.2.3, best of N, the pool, a version, curves, PPO, context distillation.
 """
-import importlib.util
 import json
 import math
 import signal
@@ -39,11 +38,11 @@ from tqdm import tqdm
 import pretrain
 import toy
 from model import IGNORE, PRESETS, Transformer, generate
-from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, Source, adamw, build, checkpoints, command_line,
-                      compute_dtype, cosine_schedule, cpu_group, file_fingerprint, gathered, interval, load_checkpoint, locked,
-                      log_samples, open_run, optimizer_step, parent_of, permute, prepare, print_settings, rank_0_first,
-                      replace_file, rewind, save_checkpoint, set_weights, signals, sources, start, text_sources, tiny_world,
-                      world_of)
+from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, Source, adamw, build, can_draw, checkpoints,
+                      command_line, compute_dtype, cosine_schedule, cpu_group, file_fingerprint, gathered, interval,
+                      load_checkpoint, locked, log_samples, open_run, optimizer_step, parent_of, permute, prepare,
+                      print_settings, rank_0_first, replace_file, rewind, save_checkpoint, set_weights, signals, sources,
+                      start, text_sources, tiny_world, world_of)
 from reward import (HEAD, RewardModel, Speaker, file_prompts, held_out, in_parts, load_judge, load_speaker, padded, pair_ids,
                     parents_of, picture, read_named, safety_labels, score_rows, sigmoid, whiskers)
 from sft import Tuning, fine_tune, prompt_messages, read_dialogs, read_rows, toy_sources
@@ -512,8 +511,7 @@ def print_curves(found: list[dict]) -> None:
 
 def draw_curves(found: list[dict], out: Path) -> None:
     """best-of-n.png (Figure 7) and temperatures-I.png for each run (Figure 8), with the truth dashed."""
-    if not importlib.util.find_spec("matplotlib"):
-        print("no pictures: `pip install matplotlib` draws them")
+    if not can_draw():
         return
     runs = list(dict.fromkeys(one["run"] for one in found))
     with picture(out / "best-of-n.png", "Best of N, each at its best temperature (Figure 7)", "N, samples", "R_c") as axes:
@@ -1023,13 +1021,9 @@ def report_ppo(out: Path, state: dict) -> None:
 
 def draw_ppo(out: Path, rows: list[dict]) -> None:
     """out/ppo.png: what metrics.jsonl says of each iteration, in six panels."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no ppo.png: `pip install matplotlib` draws it")
+    if not can_draw():
         return
+    import matplotlib.pyplot as plt
     panels = [("logit of R_c", ["reward", "held-out/reward"]),
               ("score, 0 to 1", ["R_s", "R_h", "true/safety", "true/helpfulness", "held-out/true/helpfulness"]),
               ("KL to the start (nats an answer)", ["kl", "kl_k3"]), ("entropy (nats a token)", ["entropy"]),
@@ -1226,8 +1220,7 @@ def print_distilled(figures: dict, settings: Distill) -> None:
 
 def draw_distilled(found: list[dict], out: Path) -> None:
     """scores.png (Figure 16a) and gate.png (Figure 16b)."""
-    if not importlib.util.find_spec("matplotlib"):
-        print("no pictures: `pip install matplotlib` draws them")
+    if not can_draw():
         return
     scores = {"plain": list({row["number"]: row["plain_score"] for row in found}.values())}
     for row in found:
