@@ -1191,7 +1191,7 @@ def judge_prompts(settings: Judge) -> list[dict]:
     """The prompts of --prompts, and those that have no system prompt once more under --system."""
     world = tiny_world(settings.world)
     if settings.prompts != "toy":
-        found = file_prompts(settings.prompts)
+        found = file_prompts(settings.prompts, settings.a)
     elif settings.axis == "helpfulness":
         found = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     else:

@@ -197,11 +197,12 @@ PROMPT_KEYS = {  # what may stand beside a prompt
     "template": (str, "text")}
 
 
-def file_prompts(file: str) -> list[dict]:
-    """The prompts of a file; InputError names a bad line."""
+def file_prompts(file: str, speaker: str = "") -> list[dict]:
+    """The prompts of a file; InputError names a bad line, and one that is too long for the model of the folder `speaker`."""
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such file")
-    found = []
+    parent, found = parent_of(speaker) if speaker else None, []
+    tokenizer = Tokenizer(parent.tokenizer) if parent else None
     for place, record in read_rows(file):
         try:
             if isinstance(record, InputError):  # the line is no JSON
@@ -211,6 +212,8 @@ def file_prompts(file: str) -> list[dict]:
             for key, (kind, name) in PROMPT_KEYS.items():
                 if not isinstance(record.get(key), kind | None):
                     raise InputError(f'"{key}" is {record[key]!r:.60}, not {name}')
+            if parent and (n := len(tokenizer.encode_dialog(prompt_messages(record))[0])) >= parent.config.max_seq_len:
+                raise InputError(f"the prompt has {n} tokens, which leaves no room in a context of {parent.config.max_seq_len}")
         except InputError as error:
             raise InputError(f"{place}: {error}; mend or drop the row") from None
         found.append(record)
@@ -223,7 +226,7 @@ def collect(settings: Collect) -> None:
         raise InputError("--axis is helpfulness, safety or both, and --annotator toy or person")
     if settings.prompts and settings.annotator == "toy":
         raise InputError("the rules of the tiny world can't judge answers to other prompts; add --annotator person")
-    own = file_prompts(settings.prompts) if settings.prompts else []
+    own = file_prompts(settings.prompts, settings.a) if settings.prompts else []
     axes = ("helpfulness", "safety") if settings.axis == "both" else (settings.axis,)
     second = {"helpfulness": settings.b or settings.a, "safety": settings.b or "out/pretrain"}
     folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two

@@ -306,7 +306,7 @@ def main(settings: Settings) -> None:
         settings = replace(settings, world=world_of(settings.policy))
     names = [settings.policy, settings.helpfulness, settings.harmlessness]
     parents = parents_of([*names, settings.init])
-    prompts = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
+    prompts = file_prompts(settings.prompts, settings.policy) if settings.prompts else toy_prompts(
         tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} version {version}".encode()),
         unsafe=settings.unsafe)
     ranks = start(settings)
@@ -439,16 +439,16 @@ def curves(settings: Curves) -> None:
     """Write OUT/curves.json and the pictures; print a table: of each run and temperature, what the best of N is worth."""
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.runs[0]))
-    ranks, models = start(settings), (*settings.runs, settings.helpfulness, settings.harmlessness)
+    world, models = tiny_world(settings.world), (*settings.runs, settings.helpfulness, settings.harmlessness)
+    prompts = file_prompts(settings.prompts, settings.runs[0]) if settings.prompts else toy_prompts(
+        world, settings.n_prompts, settings.seed, "test", unsafe=0.0)
+    ranks, out = start(settings), Path(settings.out)
     with locked(settings.out, ranks):
-        out, world = Path(settings.out), tiny_world(settings.world)
         data = {folder: parent_of(folder).fingerprint for folder in models}
         data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts else {}
         record = open_run(settings, "curves", ranks, data=data)
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
-        prompts = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
-            world, settings.n_prompts, settings.seed, "test", unsafe=0.0)
         judges, found = cache(partial(load_judges, settings.helpfulness, settings.harmlessness, ranks)), []
         sizes = [2**i for i in range(settings.n_samples.bit_length()) if 2**i <= settings.n_samples]
         for number, run in enumerate(settings.runs):
@@ -1082,7 +1082,7 @@ def distill(settings: Distill) -> None:
 
 def prompts_to_distill(settings: Distill) -> list[dict]:
     """The prompts to distil; never helpful ones, whose answers would get worse and be refused for nothing (§4.2.4, Table 40)."""
-    found = file_prompts(settings.prompts) if settings.prompts else toy_prompts(
+    found = file_prompts(settings.prompts, settings.init) if settings.prompts else toy_prompts(
         tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} distill".encode()), unsafe=1.0)
     unsafe = [prompt for prompt in found if prompt.get("unsafe")]
     if not unsafe:

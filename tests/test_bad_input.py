@@ -410,7 +410,9 @@ BAD_FLAGS = [  # command, flags, what the sentence must say
     ("rlhf.py curves", "--temperatures hot", "--temperatures"), ("rlhf.py curves", "--n_prompts 0", "--n_prompts"), ("rlhf.py ppo", "--gamma 2", "--gamma"), ("rlhf.py ppo", "--lam -1", "--lam"),
     ("rlhf.py ppo", "--clip 0", "--clip"), ("rlhf.py ppo", "--batch_size 5 --mini_batch 2", "--mini_batch"), ("rlhf.py ppo", "--temperature 0", "--temperature"), ("rlhf.py ppo", "--max_new_tokens 64", "--max_new_tokens"),
     ("rlhf.py ppo", "--seq_len 9999", "--seq_len"), ("rlhf.py ppo", "--kl_coef nan", "--kl_coef"), ("rlhf.py ppo", "--prompts {base}/prompts.jsonl", "prompts"), ("rlhf.py ppo", "--out {base}/run", "--out"),
-    ("rlhf.py distill", "--prompts {base}/harmless.jsonl", "unsafe"), ("rlhf.py distill", "--harmlessness nowhere", "nowhere"),
+    ("rlhf.py", "--prompts {base}/long.jsonl", "line 2"), ("rlhf.py curves", "--prompts {base}/long.jsonl", "line 2"),
+    ("reward.py collect", "--prompts {base}/long.jsonl --annotator person", "line 2"), ("eval.py judge", "--prompts {base}/long.jsonl --judge reward", "line 2"),
+    ("rlhf.py distill", "--prompts {base}/long.jsonl", "line 2"), ("rlhf.py distill", "--prompts {base}/harmless.jsonl", "unsafe"), ("rlhf.py distill", "--harmlessness nowhere", "nowhere"),
     ("gatt.py", "--long 2", "--long"), ("gatt.py", "--resampled -1", "--resampled"), ("gatt.py", "--replay 2", "--replay"), ("gatt.py", "--samples 0", "--samples"), ("gatt.py", "--constraints nowhere.json", "nowhere.json"),
     ("gatt.py", "--constraints {base}/chat.jsonl", "chat.jsonl"), ("gatt.py test", "--turns 0", "--turns"), ("gatt.py test", "--turns two", "--turns"),
     ("gatt.py test", "--dialogs 0", "--dialogs"), ("gatt.py attention", "--bin 0", "--bin"), ("gatt.py attention", "--turns -1", "--turns"),
@@ -436,6 +438,7 @@ def files(base, formats):
             "far": {"turns": [[[1, 5], [999, 2]]], "is_answer": [False, False, True, True]}}
     for name, row in rows.items():
         (base / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (base / "long.jsonl").write_text("".join(json.dumps({"prompt": FOX * n, "unsafe": True}) + "\n" for n in (1, 2000)))
     (base / "pairs.jsonl").write_text("".join(json.dumps(PAIR | {"prompt": f"{FOX} {i}"}) + "\n" for i in range(40)))
     (base / "eggs.txt").write_text(f"{FOX}\n\n" * 40)
     (base / "foxes.txt").write_text(FOX)
