@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -91,8 +92,9 @@ OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 CLOCKS = {"tokens_per_s", "seconds", "peak_gib", "mfu", "seconds/sampling", "seconds/scoring", "seconds/training"}
 
 
-def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: float | None = None) -> tuple[int, int]:
-    """Run a stage in a child; (its exit code or minus the signal that ended it, file operations that it did)."""
+def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: float | None = None,
+        by: int = signal.SIGKILL) -> tuple[int, int]:
+    """Run a stage in a child, that a signal may end; (its exit code or minus the signal that ended it, file operations that it did)."""
     reader, writer = os.pipe()
     pid = os.fork()  # torch is imported once; a child starts in milliseconds
     if pid == 0:
@@ -126,7 +128,7 @@ def run(stage: str, folder: Path, kill_before: int | None = None, kill_after_s: 
     os.close(writer)
     if kill_after_s is not None:
         time.sleep(kill_after_s)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, by)
     _, status = os.waitpid(pid, 0)
     count = int(os.read(reader, 20) or 0)
     os.close(reader)
@@ -162,9 +164,10 @@ def check(stage: str, only: list[int] | None = None, random_kills: int = 5) -> i
     weights, lines = outcome(stage, base / "whole")
     chance = random.Random(0)
     crashes = [{"kill_before": n} for n in only or range(1, operations + 1)]
-    crashes += [{"kill_after_s": seconds * chance.uniform(0.2, 1)} for _ in range(random_kills)]
+    crashes += [{"kill_after_s": seconds * chance.uniform(0.2, 1), "by": by}  # a power cut, a scheduler, Ctrl-C
+                for _, by in zip(range(random_kills), cycle((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)))]
     for crash in crashes:
-        folder = base / "-".join(f"{k}-{v:.3g}" for k, v in crash.items())
+        folder = base / "-".join(f"{k}-{float(v):.3g}" for k, v in crash.items())
         folder.mkdir()
         killed, _ = run(stage, folder, **crash)
         assert killed == -signal.SIGKILL or "kill_after_s" in crash, f"{crash}: the run ended with {killed} before its crash"
