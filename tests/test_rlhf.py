@@ -455,6 +455,26 @@ def test_several_clipped_steps_on_each_batch_learn_to_end_an_answer_and_beta_hol
     assert abs(held[-1]["kl"]) < free[-1]["kl"] / 3
 
 
+def test_of_answers_that_all_score_alike_nothing_is_learned_and_no_number_is_lost(models, tokenizer, settings, ranks):
+    before = [p.detach().clone() for p in models.policy.parameters()]
+    prompts = prompts_at([], 1, settings)
+    ids, answers = sample_answers(models.policy, prompts, 1, tokenizer, settings, ranks)
+    answers = [answer[:-1] + [tokenizer.eos_id] for answer in answers]  # all end
+    batch, _ = make_batch(models, ids, answers, torch.full((len(ids),), 0.7).double(), tokenizer.eos_id, 0.0, settings, ranks)
+    assert not batch["advantages"].any() and all(x.isfinite().all() for x in batch.values())
+    optimizers = {name: adamw(model, 0.0) for name, model in (("policy", models.policy), ("critic", models.critic))}
+    figures = learn(models, optimizers, batch, 1, None, settings, ranks, False)
+    assert figures["finite/policy"] == figures["finite/critic"] == 1
+    assert all(map(torch.equal, before, models.policy.parameters()))
+
+
+def test_an_overlong_prompt_loses_its_beginning_so_that_its_answer_has_room(models, tokenizer, settings, ranks):
+    prompt = {"prompt": "Is 7 even? " * 900, "unsafe": False}
+    ids, answers = sample_answers(models.policy, [prompt] * 2, 1, tokenizer, settings, ranks)
+    whole = tokenizer.encode_dialog([{"role": "user", "content": prompt["prompt"]}])[0]
+    assert all(one == whole[-len(one):] and len(one) + len(answer) <= settings.seq_len for one, answer in zip(ids, answers))
+
+
 def test_the_critic_learns_alone_first_and_the_policy_does_not_move(models, tokenizer, settings, ranks):
     before = [p.full_tensor().clone() for p in models.policy.parameters()]
     optimizers = {name: adamw(getattr(models, name), 0.1) for name in ("policy", "critic")}
