@@ -7,7 +7,8 @@
 
 Here stands once what every later stage uses too: settings and command line, sharding, the training loop,
 checkpoints that survive a crash, perplexity and intervals. Read it in this order: settings, ranks, data
-(documents → token shards → mixture → batches), optimizer and schedule, checkpoints, the loop, evaluation, main.
+(documents → token shards → mixture → batches), optimizer and schedule, the loop, evaluation, a run. Behind it
+stand checkpoints, the folders of runs and the plan, which a first reading can pass over.
 """
 import argparse
 import ctypes
@@ -698,6 +699,12 @@ def adamw(model: nn.Module, weight_decay: float, eps: float = 1e-5) -> torch.opt
     return optimizer
 
 
+def lm_loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor, dict]:
+    """The loss of a micro-batch (inputs, targets[, documents]): -Σ log p(target), the number of targets, no more logs."""
+    _, targets, *_ = batch
+    return -model(*batch).sum(), (targets != IGNORE).sum(), {}
+
+
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list, loss_fn: Callable, lr: float,
                    grad_clip: float, ranks: Ranks, interrupted: bool = False) -> dict[str, float]:
     """One step of every stage: the gradient of (sum of losses / number of targets) over micro-batches and all ranks.
@@ -728,6 +735,304 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: 
     optimizer.zero_grad()
     means = {name: value / max(1.0, sums[1]) for name, value in zip(names, sums)}
     return means | {"count": sums[1], "grad_norm": norm_value, "finite": finite, "interrupted": interrupted > 0}
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "B200": 2250e12}
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Forward and backward FLOPs of one token: 6 for each matrix weight, 12 · layers · dim · seq for attention.
+
+    As Chowdhery et al. (2022, appendix B) count them, the causal half of attention not taken off.
+    """
+    attention = 2 * config.dim * (config.dim + config.n_kv_heads * config.head_dim)
+    matrices = config.n_layers * (attention + 3 * config.dim * config.ffn_hidden) + config.dim * config.vocab_size
+    return 6 * matrices + 12 * config.n_layers * config.dim * seq_len
+
+
+def mfu(config: ModelConfig, seq_len: int, tokens_per_s: float, ranks: Ranks) -> float | None:
+    """Model FLOPs utilisation: the share of the GPUs' dense bf16 peak; None on hardware that is not in the table."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
+    known = not re.search("PCIe|NVL|MIG", name)  # slower kin of the same name
+    peak = next((peak for chip, peak in PEAK_FLOPS.items() if known and re.search(rf"\b{chip}\b", name)), None)
+    return peak and tokens_per_s * flops_per_token(config, seq_len) / (peak * ranks.world_size)
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of dying of them; a second Ctrl-C kills as usual."""
+    caught: list[int] = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM may come twice: from torchrun and from the scheduler
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable[[int], list], loss_fn: Callable,
+          settings, ranks: Ranks, steps: int, evaluate: Callable[[int], dict] | None = None) -> None:
+    """The training loop of every stage: from the newest checkpoint in --out to `steps`.
+
+    batch_at(step) → this rank's micro-batches, a pure function, so that nothing else need be remembered. loss_fn:
+    see `optimizer_step`. evaluate(step) → figures to log; every rank calls it, before the first step too if the run
+    has a parent. Saves and stops on SIGTERM and Ctrl-C; stops with the last good checkpoint after ten steps in a row
+    that were not finite.
+    """
+    out = Path(settings.out)
+    newest = [str(checkpoints(out)[-1]) if checkpoints(out) else None]
+    dist.broadcast_object_list(newest, group=cpu_group())  # a slow shared disk must not make ranks disagree
+    progress = load_checkpoint(newest[0], {"model": model}, {"model": optimizer}) if newest[0] else {}
+    first, tokens, seconds, skipped = (progress.get(key, 0) for key in ("step", "tokens", "seconds", "skipped"))
+    if ranks.rank == 0:
+        rewind(out / "metrics.jsonl", first or -1)  # step 0 is written again
+        rewind(out / "samples.txt", first or -1)
+        if newest[0]:
+            print(f"going on at step {first} of {steps} from {newest[0]}", flush=True)
+    bad = 0  # steps in a row that were not finite
+    log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8") if ranks.rank == 0 else None
+    if evaluate and settings.init and first == 0:
+        figures = evaluate(0)
+        if log:
+            log.write(json.dumps({"step": 0, "tokens": 0, "loss": None, **figures, "seconds": 0.0}) + "\n")
+            print("before the first step:", *(f"{name} {value:.3f}" for name, value in figures.items() if "loss/" in name))
+    with (signals() as caught, ThreadPoolExecutor(1) as ahead,
+          tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True) as bar):
+        upcoming = ahead.submit(batch_at, first)
+        clock = time.perf_counter()
+        for step in range(first + 1, steps + 1):
+            batches = upcoming.result()
+            if step < steps:
+                upcoming = ahead.submit(batch_at, step)  # read while the device computes
+            lr = settings.lr * cosine_schedule(step - 1, steps, settings.warmup, settings.lr_floor)
+            figures = optimizer_step(model, optimizer, batches, loss_fn, lr, settings.grad_clip, ranks, bool(caught))
+            bad = 0 if figures.pop("finite") else bad + 1
+            skipped += bad > 0
+            interrupted, count = figures.pop("interrupted"), figures.pop("count")
+            tokens += int(count)
+            logs = {name: value for name, value in figures.items() if name not in ("loss", "grad_norm")}
+            logs = logs or {"ppl": math.exp(min(20, figures["loss"]))}  # a loss without logs is a language model's: nats a token
+            now = time.perf_counter()
+            computed = ranks.world_size * sum(batch[0].numel() for batch in batches)  # count: those that were learnt
+            seconds, rate, clock = seconds + now - clock, computed / (now - clock), now
+            used = mfu(model.config, settings.seq_len, rate, ranks)
+            if bad == 10:
+                raise InputError(f"loss or gradient was not finite in ten steps in a row, the last of them {step}; "
+                                 f"the newest good checkpoint is {(checkpoints(out) or ['none'])[-1]}: try a lower --lr")
+            if evaluate and (step % settings.eval_every == 0 or step == steps):
+                figures |= evaluate(step)
+                clock = time.perf_counter()  # an evaluation is not counted as training time
+            if log:
+                line = {"step": step, "tokens": tokens, **figures, "lr": lr, "tokens_per_s": round(rate), "mfu": used,
+                        "seconds": round(seconds, 3), "skipped": skipped}
+                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+                log.write(json.dumps(finite) + "\n")
+                bar.set_postfix_str(f"loss {figures['loss']:.3f} " + "".join(f"{name} {logs[name]:.2f} " for name in logs)
+                                    + f"lr {lr:.1e} grad {figures['grad_norm']:.2f} {rate:,.0f} tok/s"
+                                    + (f" mfu {used:.0%}" if used else "")
+                                    + (f" skipped {skipped}" if skipped else ""), refresh=False)
+            bar.update()
+            if step % settings.save_every == 0 or step == steps or interrupted:
+                done = {"tokens": tokens, "seconds": seconds, "skipped": skipped}
+                save_checkpoint(out, step, {"model": model}, {"model": optimizer}, done, settings.keep)
+                clock = time.perf_counter()
+            if interrupted:
+                bar.close()
+                if ranks.rank == 0:
+                    print(f"stopped; saved {out}/step-{step:06d}. The same command goes on from there.", flush=True)
+                sys.exit(128 + (caught or [signal.SIGTERM])[0])
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, mixture: Rows, micro_batch: int, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
+    """Per row of a held-out mixture: the summed loss in nats, and the number of targets. Rows are dealt to the ranks."""
+    totals = torch.zeros(2, mixture.n_rows, dtype=torch.double, device=ranks.device)
+    for batch in range(0, math.ceil(mixture.n_rows / micro_batch), ranks.world_size):
+        begin = (batch + ranks.rank) * micro_batch
+        rows = range(begin, min(begin + micro_batch, mixture.n_rows))
+        inputs, targets, *documents = (x.to(ranks.device) for x in mixture.batch(rows, micro_batch))
+        losses = -model(inputs, targets, *documents).double()  # (micro_batch, seq)
+        totals[:, rows.start : rows.stop] = torch.stack([losses.sum(1), (targets != IGNORE).sum(1)])[:, : len(rows)]
+    if hasattr(model, "reshard"):
+        model.reshard()  # without a backward pass the root would stay whole
+    dist.all_reduce(totals)
+    return tuple(totals.cpu().numpy())
+
+
+def interval(values: np.ndarray, weights: np.ndarray | None = None, draws: int = 1000,
+             seed: int = 0) -> tuple[float, float, float]:
+    """Mean, and its 95 % interval by bootstrap over the values: (mean, low, high). With weights: Σ values / Σ weights."""
+    values = np.asarray(values, float)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picks].sum(1) / weights[picks].sum(1), [2.5, 97.5])
+    return values.sum() / weights.sum(), low, high
+
+
+def say_something(model: Transformer, tokenizer: Tokenizer, length: int) -> list[str]:
+    """What a base model says after BOS, and after the words of the tiny world: four samples at temperature 0.8."""
+    starts = [tokenizer.encode(text, bos=True, eos=False) for text in ("", "", "Question:", "One day")]
+    answers = generate(model, starts, length, temperature=0.8, top_p=0.95, stop=(tokenizer.eos_id,))
+    return [tokenizer.decode(start[1:] + answer).strip() for start, answer in zip(starts, answers)]
+
+
+def log_samples(path: Path, step: int, texts: list[str]) -> None:
+    """Add texts, one a line, to the samples of a run, behind a line that names the step."""
+    with open(path, "a", encoding="utf-8", newline="\n") as f:
+        f.write(f"--- step {step}\n" + "".join(text.replace("\n", "\\n") + "\n" for text in texts))
+
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which colour-blind readers can tell apart
+
+
+def training_curve(metrics: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens in millions and training loss of each step, (steps,), and both smoothed by a mean over a fiftieth of them."""
+    tokens, losses = np.array([[r["tokens"] / 1e6, r["loss"]] for r in metrics if r["loss"] is not None]).reshape(-1, 2).T
+    window = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    return tokens, losses, tokens[window // 2 :][: len(smooth)], smooth
+
+
+def log_scale(axes) -> None:
+    """A logarithmic y axis with plain numbers."""
+    from matplotlib import ticker
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=[1, 2, 3, 5]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there, which draws into files; where it is not, what to install is printed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no pictures: `pip install matplotlib` draws them")
+        return False
+    matplotlib.use("Agg")
+    return True
+
+
+def draw_loss(out: Path) -> None:
+    """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
+    if not can_draw():
+        return
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tokens, losses, smooth_tokens, smooth_losses = training_curve(rows)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(tokens, losses, color="0.8", lw=0.8, label="training, each step")
+    window = len(losses) - len(smooth_losses) + 1
+    axes.plot(smooth_tokens, smooth_losses, color="k", lw=1.5, label=f"training, mean of {window} steps")
+    names = sorted({key.removeprefix("loss/") for row in rows for key in row if key.startswith("loss/")})
+    for i, name in enumerate(names):
+        points = [(r["tokens"] / 1e6, r["loss/" + name]) for r in rows if "loss/" + name in r]
+        axes.plot(*zip(*points), "o-", ms=4, color=COLOURS[i % 5], label=f"held-out {name}")
+    log_scale(axes)
+    axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
+    axes.legend()
+    figure.savefig(out / "loss.png", dpi=150)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+def ablated(config: ModelConfig, n_kv_heads: int | None, ffn_multiplier: float | None) -> ModelConfig:
+    """A preset with other key and value heads, and a feed-forward layer that makes up for them (A.2.1, Table 18)."""
+    ffn_hidden = round(config.ffn_hidden * (ffn_multiplier or 1))
+    return replace(config, n_kv_heads=n_kv_heads or config.n_kv_heads, ffn_hidden=ffn_hidden)
+
+
+def main(settings: Settings) -> None:
+    """Run the whole of §2: sources → tokenizer → shards → one epoch → perplexity, samples and a loss curve."""
+    parent = parent_of(settings.init) if settings.init else None
+    if parent and (settings.n_kv_heads or settings.ffn_multiplier):
+        raise InputError("--init brings its own shape; drop --n_kv_heads and --ffn_multiplier (model.py convert pools heads)")
+    config = parent.config if parent else ablated(PRESETS[settings.preset], settings.n_kv_heads, settings.ffn_multiplier)
+    if settings.seq_len > config.max_seq_len:
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context; take {config.max_seq_len} at most")
+    if settings.init and settings.tokenizer:
+        raise InputError("--init brings its own tokenizer; drop --tokenizer")
+    if settings.tokenizer and not os.path.isfile(settings.tokenizer):
+        raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
+    more = {"parent": settings.init, "parent_fingerprint": parent.fingerprint} if parent else {}
+    ranks = start(settings)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with locked(settings.out, ranks):
+        out = Path(settings.out)
+        found = text_sources(settings, spool_stdin(settings, ranks))
+        record = open_run(settings, "pretrain", ranks, data={s.name: s.fingerprint for s in found}, **more)
+        if parent:
+            settings = replace(settings, tokenizer=parent.tokenizer)
+        folder, index = prepare(found, settings, ranks)
+        tokenizer = Tokenizer(str(folder / "tokenizer.model"))
+        config = config if parent else with_vocab(config, tokenizer.vocab_size)
+        parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
+        held_out = {name: folder / entry["held_out"] for name, entry in index.items() if entry["held_out"]}
+        common = (settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
+        with rank_0_first(ranks):
+            mixture = Mixture(parts, *common)
+            held_out = {name: Mixture([(file, 1)], *common) for name, file in held_out.items()}
+        steps = min(math.ceil(mixture.n_rows / settings.batch_size), settings.steps or sys.maxsize)
+        model = build(config, settings, ranks)
+        if parent:
+            parent.fill(model)
+        if ranks.rank == 0:
+            replace_file(out / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
+            replace_file(out / "config.json", json.dumps(record | {"model": asdict(config)}, indent=1).encode())
+            print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {mixture.n_tokens:,} tokens, {steps:,} steps, "
+                  f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}")
+            print_settings(settings)
+
+        def evaluate(step: int) -> dict:
+            figures = {}
+            for name, held in held_out.items():
+                losses, counts = perplexity(model, held, settings.micro_batch, ranks)
+                mean, low, high = interval(losses, counts)
+                bits = losses.sum() / math.log(2) / index[name]["held_out_bytes"]
+                figures |= {f"loss/{name}": mean, f"low/{name}": low, f"high/{name}": high, f"bits_per_byte/{name}": bits}
+            if settings.sample_tokens:
+                with gathered(model) as whole:
+                    if ranks.rank == 0:
+                        texts = say_something(whole, tokenizer, settings.sample_tokens)
+                        log_samples(out / "samples.txt", step, texts)
+                        tqdm.write("\n".join(f"  {step}: {text[:110]}" for text in texts[2:]))
+            return figures
+
+        batch_at = lambda step: mixture.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
+        train(model, adamw(model, settings.weight_decay, settings.adam_eps), batch_at, lm_loss, settings, ranks, steps, evaluate)
+        if ranks.rank == 0:
+            report(out)
+
+
+def report(out: Path) -> None:
+    """Print the end of a run as a table: tokens, speed, and each source's held-out perplexity with its interval."""
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(rows[0]), json.loads(rows[-1])
+    print(f"\n{last['tokens']:,} tokens in {last['seconds']:.0f} s, {last['tokens'] / last['seconds']:,.0f} tokens/s")
+    names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
+    if names:
+        print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}"
+              + "  before the first step" * (first["step"] == 0))
+    else:
+        print(f"nothing is held out: no source has {HELD_OUT_EVERY} documents")
+    for name in names:
+        mean, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
+        print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}"
+              + (f"  {math.exp(first[f'loss/{name}']):21.3f}" if first["step"] == 0 else ""))
+    draw_loss(out)
+    print(f"model, metrics, samples and loss curve are in {out}")
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -981,6 +1286,9 @@ def check_sizes(folder: str | Path, saved: dict[str, torch.Size], wanted: dict[s
                              "size?")
 
 
+# ---------------------------------------------------------------------------------------------- the folder of a run
+
+
 def fingerprint(out: str | Path) -> str:
     """What identifies the newest weights of a run: a hash of what made them, and of that checkpoint's progress.
 
@@ -1175,27 +1483,7 @@ def rewind(path: Path, step: int) -> None:
     replace_file(path, b"".join(kept))
 
 
-# ---------------------------------------------------------------------------------------------- the loop
-
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "B200": 2250e12}
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Forward and backward FLOPs of one token: 6 for each matrix weight, 12 · layers · dim · seq for attention.
-
-    As Chowdhery et al. (2022, appendix B) count them, the causal half of attention not taken off.
-    """
-    attention = 2 * config.dim * (config.dim + config.n_kv_heads * config.head_dim)
-    matrices = config.n_layers * (attention + 3 * config.dim * config.ffn_hidden) + config.dim * config.vocab_size
-    return 6 * matrices + 12 * config.n_layers * config.dim * seq_len
-
-
-def mfu(config: ModelConfig, seq_len: int, tokens_per_s: float, ranks: Ranks) -> float | None:
-    """Model FLOPs utilisation: the share of the GPUs' dense bf16 peak; None on hardware that is not in the table."""
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ""
-    known = not re.search("PCIe|NVL|MIG", name)  # slower kin of the same name
-    peak = next((peak for chip, peak in PEAK_FLOPS.items() if known and re.search(rf"\b{chip}\b", name)), None)
-    return peak and tokens_per_s * flops_per_token(config, seq_len) / (peak * ranks.world_size)
+# ---------------------------------------------------------------------------------------------- before a run is paid for
 
 
 @dataclass(frozen=True)
@@ -1271,282 +1559,7 @@ def plan(settings: Plan) -> None:
         print(f"{name:6} {hours:12,} {watts:4} {printed:8.2f} {carbon(hours, watts):16.2f} {implied:10.1%}")
 
 
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list instead of dying of them; a second Ctrl-C kills as usual."""
-    caught: list[int] = []
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGTERM may come twice: from torchrun and from the scheduler
-
-    before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable[[int], list], loss_fn: Callable,
-          settings, ranks: Ranks, steps: int, evaluate: Callable[[int], dict] | None = None) -> None:
-    """The training loop of every stage: from the newest checkpoint in --out to `steps`.
-
-    batch_at(step) → this rank's micro-batches, a pure function, so that nothing else need be remembered. loss_fn:
-    see `optimizer_step`. evaluate(step) → figures to log; every rank calls it, before the first step too if the run
-    has a parent. Saves and stops on SIGTERM and Ctrl-C; stops with the last good checkpoint after ten steps in a row
-    that were not finite.
-    """
-    out = Path(settings.out)
-    newest = [str(checkpoints(out)[-1]) if checkpoints(out) else None]
-    dist.broadcast_object_list(newest, group=cpu_group())  # a slow shared disk must not make ranks disagree
-    progress = load_checkpoint(newest[0], {"model": model}, {"model": optimizer}) if newest[0] else {}
-    first, tokens, seconds, skipped = (progress.get(key, 0) for key in ("step", "tokens", "seconds", "skipped"))
-    if ranks.rank == 0:
-        rewind(out / "metrics.jsonl", first or -1)  # step 0 is written again
-        rewind(out / "samples.txt", first or -1)
-        if newest[0]:
-            print(f"going on at step {first} of {steps} from {newest[0]}", flush=True)
-    bad = 0  # steps in a row that were not finite
-    log = open(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8") if ranks.rank == 0 else None
-    if evaluate and settings.init and first == 0:
-        figures = evaluate(0)
-        if log:
-            log.write(json.dumps({"step": 0, "tokens": 0, "loss": None, **figures, "seconds": 0.0}) + "\n")
-            print("before the first step:", *(f"{name} {value:.3f}" for name, value in figures.items() if "loss/" in name))
-    with (signals() as caught, ThreadPoolExecutor(1) as ahead,
-          tqdm(total=steps, initial=first, unit="step", disable=ranks.rank > 0, dynamic_ncols=True) as bar):
-        upcoming = ahead.submit(batch_at, first)
-        clock = time.perf_counter()
-        for step in range(first + 1, steps + 1):
-            batches = upcoming.result()
-            if step < steps:
-                upcoming = ahead.submit(batch_at, step)  # read while the device computes
-            lr = settings.lr * cosine_schedule(step - 1, steps, settings.warmup, settings.lr_floor)
-            figures = optimizer_step(model, optimizer, batches, loss_fn, lr, settings.grad_clip, ranks, bool(caught))
-            bad = 0 if figures.pop("finite") else bad + 1
-            skipped += bad > 0
-            interrupted, count = figures.pop("interrupted"), figures.pop("count")
-            tokens += int(count)
-            logs = {name: value for name, value in figures.items() if name not in ("loss", "grad_norm")}
-            logs = logs or {"ppl": math.exp(min(20, figures["loss"]))}  # a loss without logs is a language model's: nats a token
-            now = time.perf_counter()
-            computed = ranks.world_size * sum(batch[0].numel() for batch in batches)  # count: those that were learnt
-            seconds, rate, clock = seconds + now - clock, computed / (now - clock), now
-            used = mfu(model.config, settings.seq_len, rate, ranks)
-            if bad == 10:
-                raise InputError(f"loss or gradient was not finite in ten steps in a row, the last of them {step}; "
-                                 f"the newest good checkpoint is {(checkpoints(out) or ['none'])[-1]}: try a lower --lr")
-            if evaluate and (step % settings.eval_every == 0 or step == steps):
-                figures |= evaluate(step)
-                clock = time.perf_counter()  # an evaluation is not counted as training time
-            if log:
-                line = {"step": step, "tokens": tokens, **figures, "lr": lr, "tokens_per_s": round(rate), "mfu": used,
-                        "seconds": round(seconds, 3), "skipped": skipped}
-                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-                log.write(json.dumps(finite) + "\n")
-                bar.set_postfix_str(f"loss {figures['loss']:.3f} " + "".join(f"{name} {logs[name]:.2f} " for name in logs)
-                                    + f"lr {lr:.1e} grad {figures['grad_norm']:.2f} {rate:,.0f} tok/s"
-                                    + (f" mfu {used:.0%}" if used else "")
-                                    + (f" skipped {skipped}" if skipped else ""), refresh=False)
-            bar.update()
-            if step % settings.save_every == 0 or step == steps or interrupted:
-                done = {"tokens": tokens, "seconds": seconds, "skipped": skipped}
-                save_checkpoint(out, step, {"model": model}, {"model": optimizer}, done, settings.keep)
-                clock = time.perf_counter()
-            if interrupted:
-                bar.close()
-                if ranks.rank == 0:
-                    print(f"stopped; saved {out}/step-{step:06d}. The same command goes on from there.", flush=True)
-                sys.exit(128 + (caught or [signal.SIGTERM])[0])
-
-
-# ---------------------------------------------------------------------------------------------- evaluation
-
-
-def lm_loss(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor, dict]:
-    """The loss of a micro-batch (inputs, targets[, documents]): -Σ log p(target), the number of targets, no more logs."""
-    _, targets, *_ = batch
-    return -model(*batch).sum(), (targets != IGNORE).sum(), {}
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, mixture: Rows, micro_batch: int, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
-    """Per row of a held-out mixture: the summed loss in nats, and the number of targets. Rows are dealt to the ranks."""
-    totals = torch.zeros(2, mixture.n_rows, dtype=torch.double, device=ranks.device)
-    for batch in range(0, math.ceil(mixture.n_rows / micro_batch), ranks.world_size):
-        begin = (batch + ranks.rank) * micro_batch
-        rows = range(begin, min(begin + micro_batch, mixture.n_rows))
-        inputs, targets, *documents = (x.to(ranks.device) for x in mixture.batch(rows, micro_batch))
-        losses = -model(inputs, targets, *documents).double()  # (micro_batch, seq)
-        totals[:, rows.start : rows.stop] = torch.stack([losses.sum(1), (targets != IGNORE).sum(1)])[:, : len(rows)]
-    if hasattr(model, "reshard"):
-        model.reshard()  # without a backward pass the root would stay whole
-    dist.all_reduce(totals)
-    return tuple(totals.cpu().numpy())
-
-
-def interval(values: np.ndarray, weights: np.ndarray | None = None, draws: int = 1000,
-             seed: int = 0) -> tuple[float, float, float]:
-    """Mean, and its 95 % interval by bootstrap over the values: (mean, low, high). With weights: Σ values / Σ weights."""
-    values = np.asarray(values, float)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[picks].sum(1) / weights[picks].sum(1), [2.5, 97.5])
-    return values.sum() / weights.sum(), low, high
-
-
-def say_something(model: Transformer, tokenizer: Tokenizer, length: int) -> list[str]:
-    """What a base model says after BOS, and after the words of the tiny world: four samples at temperature 0.8."""
-    starts = [tokenizer.encode(text, bos=True, eos=False) for text in ("", "", "Question:", "One day")]
-    answers = generate(model, starts, length, temperature=0.8, top_p=0.95, stop=(tokenizer.eos_id,))
-    return [tokenizer.decode(start[1:] + answer).strip() for start, answer in zip(starts, answers)]
-
-
-def log_samples(path: Path, step: int, texts: list[str]) -> None:
-    """Add texts, one a line, to the samples of a run, behind a line that names the step."""
-    with open(path, "a", encoding="utf-8", newline="\n") as f:
-        f.write(f"--- step {step}\n" + "".join(text.replace("\n", "\\n") + "\n" for text in texts))
-
-
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"]  # Okabe and Ito's, which colour-blind readers can tell apart
-
-
-def training_curve(metrics: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens in millions and training loss of each step, (steps,), and both smoothed by a mean over a fiftieth of them."""
-    tokens, losses = np.array([[r["tokens"] / 1e6, r["loss"]] for r in metrics if r["loss"] is not None]).reshape(-1, 2).T
-    window = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    return tokens, losses, tokens[window // 2 :][: len(smooth)], smooth
-
-
-def log_scale(axes) -> None:
-    """A logarithmic y axis with plain numbers."""
-    from matplotlib import ticker
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=[1, 2, 3, 5]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is there, which draws into files; where it is not, what to install is printed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no pictures: `pip install matplotlib` draws them")
-        return False
-    matplotlib.use("Agg")
-    return True
-
-
-def draw_loss(out: Path) -> None:
-    """out/loss.png: the training loss and each source's held-out loss against tokens (the form of Figure 5)."""
-    if not can_draw():
-        return
-    import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    tokens, losses, smooth_tokens, smooth_losses = training_curve(rows)
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(tokens, losses, color="0.8", lw=0.8, label="training, each step")
-    window = len(losses) - len(smooth_losses) + 1
-    axes.plot(smooth_tokens, smooth_losses, color="k", lw=1.5, label=f"training, mean of {window} steps")
-    names = sorted({key.removeprefix("loss/") for row in rows for key in row if key.startswith("loss/")})
-    for i, name in enumerate(names):
-        points = [(r["tokens"] / 1e6, r["loss/" + name]) for r in rows if "loss/" + name in r]
-        axes.plot(*zip(*points), "o-", ms=4, color=COLOURS[i % 5], label=f"held-out {name}")
-    log_scale(axes)
-    axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)")
-    axes.legend()
-    figure.savefig(out / "loss.png", dpi=150)
-    plt.close(figure)
-
-
-def ablated(config: ModelConfig, n_kv_heads: int | None, ffn_multiplier: float | None) -> ModelConfig:
-    """A preset with other key and value heads, and a feed-forward layer that makes up for them (A.2.1, Table 18)."""
-    ffn_hidden = round(config.ffn_hidden * (ffn_multiplier or 1))
-    return replace(config, n_kv_heads=n_kv_heads or config.n_kv_heads, ffn_hidden=ffn_hidden)
-
-
-def main(settings: Settings) -> None:
-    """Run the whole of §2: sources → tokenizer → shards → one epoch → perplexity, samples and a loss curve."""
-    parent = parent_of(settings.init) if settings.init else None
-    if parent and (settings.n_kv_heads or settings.ffn_multiplier):
-        raise InputError("--init brings its own shape; drop --n_kv_heads and --ffn_multiplier (model.py convert pools heads)")
-    config = parent.config if parent else ablated(PRESETS[settings.preset], settings.n_kv_heads, settings.ffn_multiplier)
-    if settings.seq_len > config.max_seq_len:
-        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context; take {config.max_seq_len} at most")
-    if settings.init and settings.tokenizer:
-        raise InputError("--init brings its own tokenizer; drop --tokenizer")
-    if settings.tokenizer and not os.path.isfile(settings.tokenizer):
-        raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
-    more = {"parent": settings.init, "parent_fingerprint": parent.fingerprint} if parent else {}
-    ranks = start(settings)
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    with locked(settings.out, ranks):
-        out = Path(settings.out)
-        found = text_sources(settings, spool_stdin(settings, ranks))
-        record = open_run(settings, "pretrain", ranks, data={s.name: s.fingerprint for s in found}, **more)
-        if parent:
-            settings = replace(settings, tokenizer=parent.tokenizer)
-        folder, index = prepare(found, settings, ranks)
-        tokenizer = Tokenizer(str(folder / "tokenizer.model"))
-        config = config if parent else with_vocab(config, tokenizer.vocab_size)
-        parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
-        held_out = {name: folder / entry["held_out"] for name, entry in index.items() if entry["held_out"]}
-        common = (settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
-        with rank_0_first(ranks):
-            mixture = Mixture(parts, *common)
-            held_out = {name: Mixture([(file, 1)], *common) for name, file in held_out.items()}
-        steps = min(math.ceil(mixture.n_rows / settings.batch_size), settings.steps or sys.maxsize)
-        model = build(config, settings, ranks)
-        if parent:
-            parent.fill(model)
-        if ranks.rank == 0:
-            replace_file(out / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
-            replace_file(out / "config.json", json.dumps(record | {"model": asdict(config)}, indent=1).encode())
-            print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {mixture.n_tokens:,} tokens, {steps:,} steps, "
-                  f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}")
-            print_settings(settings)
-
-        def evaluate(step: int) -> dict:
-            figures = {}
-            for name, held in held_out.items():
-                losses, counts = perplexity(model, held, settings.micro_batch, ranks)
-                mean, low, high = interval(losses, counts)
-                bits = losses.sum() / math.log(2) / index[name]["held_out_bytes"]
-                figures |= {f"loss/{name}": mean, f"low/{name}": low, f"high/{name}": high, f"bits_per_byte/{name}": bits}
-            if settings.sample_tokens:
-                with gathered(model) as whole:
-                    if ranks.rank == 0:
-                        texts = say_something(whole, tokenizer, settings.sample_tokens)
-                        log_samples(out / "samples.txt", step, texts)
-                        tqdm.write("\n".join(f"  {step}: {text[:110]}" for text in texts[2:]))
-            return figures
-
-        batch_at = lambda step: mixture.batch_at(step, settings.batch_size, settings.micro_batch, ranks)  # noqa: E731
-        train(model, adamw(model, settings.weight_decay, settings.adam_eps), batch_at, lm_loss, settings, ranks, steps, evaluate)
-        if ranks.rank == 0:
-            report(out)
-
-
-def report(out: Path) -> None:
-    """Print the end of a run as a table: tokens, speed, and each source's held-out perplexity with its interval."""
-    rows = (out / "metrics.jsonl").read_text().splitlines()
-    first, last = json.loads(rows[0]), json.loads(rows[-1])
-    print(f"\n{last['tokens']:,} tokens in {last['seconds']:.0f} s, {last['tokens'] / last['seconds']:,.0f} tokens/s")
-    names = [key.removeprefix("loss/") for key in last if key.startswith("loss/")]
-    if names:
-        print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}"
-              + "  before the first step" * (first["step"] == 0))
-    else:
-        print(f"nothing is held out: no source has {HELD_OUT_EVERY} documents")
-    for name in names:
-        mean, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
-        print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}"
-              + (f"  {math.exp(first[f'loss/{name}']):21.3f}" if first["step"] == 0 else ""))
-    draw_loss(out)
-    print(f"model, metrics, samples and loss curve are in {out}")
+# ---------------------------------------------------------------------------------------------- the command line
 
 
 def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> None:
