@@ -99,6 +99,9 @@ PRESETS = {
 }
 
 
+# ---------------------------------------------------------------------------------------------- the model
+
+
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + ε) · weight, the mean over the last dimension in fp32 (§2.2; Zhang and Sennrich, 2019)."""
 
@@ -318,6 +321,9 @@ def target_log_probs(h: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         pairs = zip(rows.split(chunk), wanted.split(chunk))
         losses = torch.cat([checkpoint(loss, *pair, use_reentrant=False) for pair in pairs])
     return -losses.view_as(targets)
+
+
+# ---------------------------------------------------------------------------------------------- sampling
 
 
 class KVCache:
