@@ -214,7 +214,7 @@ def test_if_nothing_passes_the_gate_or_nothing_is_unsafe_one_sentence_says_so(mo
     helpful = models / "helpful.jsonl"
     helpful.write_text('{"prompt": "Hello?"}\n{"prompt": "Who are you?", "unsafe": false}\n')
     with pytest.raises(InputError, match='helpful.jsonl: no prompt is tagged "unsafe": true'):
-        prompts_to_distill(Distill(prompts=str(helpful)))
+        prompts_to_distill(Distill(init=str(models / "sft"), prompts=str(helpful)))
     with pytest.raises(InputError, match="--sample_batch must be a number above 0"):
         parse(Distill, ["--init", str(models / "sft"), "--sample_batch", "0"])
     with pytest.raises(InputError, match="--rewards takes two reward models"):
