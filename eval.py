@@ -237,6 +237,12 @@ def mmlu(row: dict) -> Item:
     return lettered(row["question"], [row[letter] for letter in "ABCD"], "ABCD".index(row["answer"]), opening)
 
 
+def mmlu_field(item: Item) -> str:
+    """Which field of Table 19 a question of MMLU belongs to, by the subject that its opening names."""
+    subject = item.opening.rpartition(" about ")[2].removesuffix(".\n\n")
+    return next((field for field, (_, subjects) in MMLU_FIELDS.items() if subject in subjects.split(", ")), "other")
+
+
 QA_PRIMER = """Q: What is human life expectancy in the United States?
 A: Human life expectancy in the United States is 78 years.
 
@@ -385,6 +391,19 @@ TASKS = {
     "humaneval": Task(humaneval, "code", 0, "pass@1", 12.8, 384, ("\nclass", "\ndef", "\n#", "\nif", "\nprint")),  # Codex's
     "mbpp": Task(mbpp, "code", 3, "pass@1", 20.8, 384, ("[DONE]",)),
     "toy": Task(world_facts, "tiny world", 0, "acc", None),  # the choices are single words
+}
+MMLU_FIELDS = {  # the fields of Table 19, the paper's 7B in each, and their subjects; those that stand nowhere are "other"
+    "humanities": (42.9, "formal logic, high school european history, high school us history, high school world history, "
+                         "international law, jurisprudence, logical fallacies, moral disputes, moral scenarios, philosophy, "
+                         "prehistory, professional law, world religions"),
+    "STEM": (36.4, "abstract algebra, astronomy, college biology, college chemistry, college computer science, "
+                   "college mathematics, college physics, computer security, conceptual physics, electrical engineering, "
+                   "elementary mathematics, high school biology, high school chemistry, high school computer science, "
+                   "high school mathematics, high school physics, high school statistics, machine learning"),
+    "social sciences": (51.2, "econometrics, high school geography, high school government and politics, "
+                              "high school macroeconomics, high school microeconomics, high school psychology, human sexuality, "
+                              "professional psychology, public relations, security studies, sociology, us foreign policy"),
+    "other": (52.2, ""),
 }
 IN_TABLE_3 = {"code": 2, "commonsense": 8, "world knowledge": 2, "reading": 3, "math": 2}  # tasks of a column that is a mean
 
@@ -774,7 +793,11 @@ def tasks(settings: Tasks) -> None:
                 figures = {metric: interval([row[metric] for row in rows]) for metric in metrics}
                 shots = task.shots if settings.shots is None else settings.shots
                 chance = float(np.mean([len(item.right) / len(item.pairs) for item in items])) if items[0].pairs else 0.0
-                results[name] = {"shots": shots, "questions": len(rows), "cut": n_cut, "chance": chance, "figures": figures}
+                fields = np.array([mmlu_field(item) for item in items] if name == "mmlu" else [])
+                by_field = {field: interval([rows[i][task.metric] for i in np.flatnonzero(fields == field)])
+                            for field in MMLU_FIELDS if field in fields}
+                results[name] = {"shots": shots, "questions": len(rows), "cut": n_cut, "chance": chance, "figures": figures,
+                                 "fields": by_field}
                 replace_file(old, json.dumps(results, indent=1).encode())
         if ranks.rank == 0:
             header, table_rows = task_table(results)
@@ -821,6 +844,8 @@ def task_table(results: dict[str, dict]) -> tuple[list[str], list[list]]:
                          task.paper or "", ", ".join([f"{key} {100 * value[0]:.1f}" for key, value in more
                                                       if key not in (task.metric, "mc2")]
                                                      + [f"{result['cut']} prompts cut to fit"] * bool(result["cut"]))])
+            rows += [[f"  {field}", task.metric, f"{100 * mean:.1f}", f"{100 * low:.1f} … {100 * high:.1f}", "", "", "",
+                      MMLU_FIELDS[field][0], ""] for field, (mean, low, high) in result.get("fields", {}).items()]
         if found and group in IN_TABLE_3:
             mean = np.mean([results[name]["figures"][TASKS[name].metric][0] for name in found])
             rows.append([f"{group} ({len(found)} of {IN_TABLE_3[group]} tasks)", "mean", f"{100 * mean:.1f}", *[""] * 6])

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import toy
-from eval import (COMMANDS, TASKS, Item, Tasks, bare_words, choose, continuation_log_probs, encode_pair, last_number, multiple_choice,
-                  pass_at_k, read_items, run_code, score, with_examples)
+from eval import (COMMANDS, MMLU_FIELDS, TASKS, Item, Tasks, bare_words, choose, continuation_log_probs, encode_pair, last_number,
+                  mmlu_field, multiple_choice, pass_at_k, read_items, run_code, score, with_examples)
 from model import ModelConfig, Transformer, generate, save_hf
 from pretrain import InputError, command_line
 from tokenizer import Tokenizer
@@ -79,6 +79,23 @@ def test_the_likelihood_of_each_choice_is_that_of_lm_evaluation_harness(name, mo
     assert len(found) == len(GOLDEN[name]["log_probs"]) >= 2
     for row, log_probs in zip(found, GOLDEN[name]["log_probs"]):
         assert row["log_probs"] == pytest.approx(log_probs, abs=1e-3)
+
+
+def test_mmlu_is_told_by_field_as_in_table_19(tmp_path, capsys, folder):
+    published = {"humanities": 13, "STEM": 18, "social sciences": 12}  # of the 57 subjects, Hendrycks et al. (2021); the rest is other
+    assert {field: len(subjects.split(", ")) for field, (_, subjects) in MMLU_FIELDS.items() if subjects} == published
+    subjects = ["philosophy", "high_school_us_history", "machine_learning", "us_foreign_policy", "virology", "anatomy"]
+    rows = [{"question": f"What is {i}?", "subject": subject, "choices": list("wxyz"), "answer": i % 4}
+            for i, subject in enumerate(subjects * 3)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    assert [mmlu_field(item) for item in read_items("mmlu", file)[:6]] == ["humanities"] * 2 + ["STEM", "social sciences"] + ["other"] * 2
+    assert command("tasks", folder, "--task", f"mmlu={file}", "--shots", "1", "--out", tmp_path / "out") == 0
+    found, said = json.loads((tmp_path / "out" / "tasks.json").read_text())["mmlu"], capsys.readouterr().out
+    right = [json.loads(line)["acc"] for line in (tmp_path / "out" / "mmlu.jsonl").read_text().splitlines()]
+    n = len(right) // 6
+    for field, places in (("humanities", [0, 1]), ("other", [4, 5])):
+        assert found["fields"][field][0] == pytest.approx(np.mean([right[6 * k + i] for k in range(n) for i in places]))
+        assert field in said
 
 
 def test_each_rule_picks_the_choice_that_its_formula_picks(model, tokenizer):
