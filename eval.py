@@ -1281,7 +1281,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the key to another host: here it is an error."""
 
     def redirect_request(self, *args) -> None:
-        return None
+        """Follow none."""
 
 
 def post(url: str, body: dict, key: str, timeout: float) -> dict:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
+        """The width of a head."""
         return self.dim // self.n_heads
 
 
@@ -78,7 +80,8 @@ def swiglu_hidden(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> 
     return multiple_of * math.ceil(hidden / multiple_of)
 
 
-def _preset(dim, n_layers, n_heads, n_kv_heads, max_seq_len, multiple_of=256, multiplier=1.0, **more):
+def _preset(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, max_seq_len: int, multiple_of: int = 256,
+            multiplier: float = 1.0, **more: float) -> ModelConfig:
     return ModelConfig(dim, n_layers, n_heads, n_kv_heads, swiglu_hidden(dim, multiple_of, multiplier),
                        max_seq_len=max_seq_len, **more)
 
@@ -111,6 +114,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (..., dim) → the same."""
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -195,6 +199,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, seq, dim) → the same."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -212,11 +217,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | list[int] | None = None,
                 cache: "KVCache | None" = None) -> Tensor:
+        """x: (batch, seq, dim) → the same. The others: see `Attention.forward`."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.compute, x, rotation, mask, None, use_reentrant=False)
         return self.compute(x, rotation, mask, cache)
 
     def compute(self, x: Tensor, rotation: Tensor, mask: Tensor | list[int] | None, cache: "KVCache | None") -> Tensor:
+        """The layer itself, which checkpointing runs twice."""
         h = x + self.attention(self.attention_norm(x), rotation, mask, cache, self.layer)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -645,7 +652,7 @@ def config_of(path: Path, *values: float) -> ModelConfig:
         raise ModelError(f"{path}: {error}; fetch the file again") from None
 
 
-def import_safetensors():
+def import_safetensors() -> ModuleType:
     """The safetensors package, or a sentence on how to get it."""
     try:
         import safetensors.torch
@@ -923,6 +930,7 @@ class Parser(argparse.ArgumentParser):
     """A command line whose errors are one sentence, without the list of all flags before it."""
 
     def error(self, message: str) -> None:
+        """Raise it, instead of printing and leaving."""
         raise ModelError(f"{message}; --help lists what there is")
 
 

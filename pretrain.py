@@ -382,7 +382,7 @@ def text_sources(settings: Settings, stdin: str = "") -> list[Source]:
 
 
 @cache
-def tiny_world(seed: int):
+def tiny_world(seed: int) -> toy.World:
     """The world of this seed, made once."""
     return toy.World(seed)
 
