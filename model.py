@@ -577,7 +577,7 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
                 still.append(j)
         if not still or step + 1 == steps:
             break
-        if len(still) <= 0.75 * len(alive):  # moving the cache costs; do it when a quarter is done
+        if len(still) <= (0.5 if as_graph else 0.75) * len(alive):  # moving the cache costs, and a new graph more
             kept = torch.tensor(still, device=device)
             cache.keep(kept)
             tokens, random, alive = tokens[kept], random[kept], [alive[j] for j in still]
