@@ -1,7 +1,7 @@
 """Ghost Attention (§3.3, A.3.5): a chat model that forgets its instruction after a turn in, one that holds to it out.
 
     python gatt.py                                   # out/gatt, from out/sft: dialogues under an instruction, then fine-tuning
-    python gatt.py --data chats.jsonl                # your dialogues; a system message in one is its instruction
+    python gatt.py --data chats.jsonl --constraints ask   # your dialogues; a system message in one is its instruction
     python gatt.py test out/sft out/gatt             # Table 30: does the instruction still hold at turn 20? out/gatt-test
     python gatt.py attention out/gatt --before out/sft    # Figure 10
 
@@ -41,8 +41,9 @@ from torch import Tensor
 
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
-from pretrain import (COLOURS, InputError, Ranks, can_draw, claim, command_line, cpu_group, interval, locked, open_run,
-                      parent_of, replace_file, sources, spool_stdin, start, tiny_world, world_of, write_config)
+from pretrain import (COLOURS, InputError, Ranks, can_draw, claim, command_line, cpu_group, file_fingerprint, interval,
+                      locked, open_run, parent_of, replace_file, sources, spool_stdin, start, tiny_world, world_of,
+                      write_config)
 from reward import RewardModel, Speaker, in_parts, load_judge, load_speaker, parents_of, picture, score_rows, whiskers
 from sft import Tuning, fine_tune, prompt_messages, read_dialogs, toy_sources
 from tokenizer import Tokenizer, dialog_turns, parse_json
@@ -60,7 +61,7 @@ class Settings(Tuning):
     long: float = 0.2  # share of them with 7 to 20 turns; the others have 1 to 6
     constraints: str = "toy"  # toy, the lists of the tiny world; ask, lists that the chat model writes; or a .json file | ask
     resampled: float = 0.5  # share of the dialogues with all answers sampled under the instruction, not the last alone
-    samples: int = 1  # how many are sampled of each answer that is learned
+    samples: int = 1  # how many are sampled of each last answer under an instruction
     reward: str = "out/reward-helpfulness"  # reward model that picks the best of several samples; "" takes the first that ends
     temperature: float = 0.3  # of the samples
     past: int | None = None  # earlier turns that sampling reads; else all that fit | all
@@ -171,7 +172,9 @@ def make_plans(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict
     A dialogue whose system message is empty comes without an instruction alone.
     """
     plans = []
-    for i, (_, messages) in enumerate(dialogs):
+    for i, (place, messages) in enumerate(dialogs):
+        if isinstance(messages, tuple):
+            raise InputError(f"{place}: was made by gatt.py; give dialogues as text")
         rng = Random(f"{seed}/plan/{i}")
         chosen, instruction = draw_instruction(constraints, rng)
         if messages[0]["role"] == "system":
@@ -301,6 +304,8 @@ def main(settings: Settings) -> None:
         spoken = lambda: toy_dialogs(world, settings.dialogs, settings.long, settings.seed)  # noqa: E731
         embedded = {"toy": (spoken, f"world {settings.world}")}
         found = sources(settings.data, embedded, lambda file: read_dialogs(file, bad), spool_stdin(settings, ranks))
+        if any(source.epochs != 1 for source in found):
+            raise InputError("--data: gatt.py reads each dialogue once; leave EPOCHS out")
         data = {s.name: s.fingerprint for s in found} | {folder: one.fingerprint for folder, one in parents.items()}
         data["constraints"] = zlib.crc32(json.dumps(constraints).encode())
         record = open_run(settings, "gatt", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
@@ -309,7 +314,8 @@ def main(settings: Settings) -> None:
         dialogs = (dialog for source in found for dialog in source.documents())
         sample_rows(dialogs, constraints, reward, settings, ranks)
         specs, documents = toy_sources(TOY_MIX if is_toy else (), settings.world, settings.dialogs * 2 // 3, safety=0.06)
-        learned = sources([str(out / "gatt.jsonl"), *specs], documents, read_dialogs)
+        documents["gatt"] = partial(read_dialogs, str(out / "gatt.jsonl")), file_fingerprint(str(out / "gatt.jsonl"))
+        learned = sources(["gatt", *specs], documents, read_dialogs)
         fine_tune(settings, record, parent, learned, ranks, world if is_toy else None, bad)
 
 
@@ -329,6 +335,9 @@ def sample_rows(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dic
 def write_rows(rows: list[dict], plans: list[Plan], file: Path) -> None:
     """Write the dialogues that can be learned, and say how many there are and, in the tiny world, how many answers obey."""
     kept = [(row, plan) for row, plan in zip(rows, plans) if "dropped" not in row]
+    if not kept:
+        raise InputError(f"all {len(rows)} dialogues were dropped: no answer came to an end; begin again with a larger "
+                         "--max_new_tokens")
     masks = [gatt_mask(row["turns"], earlier=not plan.instruction) for row, plan in kept]
     lines = [json.dumps(row | {"is_answer": mask}) + "\n" for (row, _), mask in zip(kept, masks)]
     replace_file(file, "".join(lines).encode())
@@ -488,7 +497,7 @@ class Map:
 def attention_weights(model: Transformer, tokens: list[int]) -> Tensor:
     """softmax(q kᵀ / √head_dim) of every layer and head, spelled out: (layers, heads, seq, seq), a row for each query."""
     config, seq = model.config, len(tokens)
-    rotation = rope_table(config.head_dim, config.max_seq_len, config.rope_theta, torch.device("cpu"))[None, :seq, None]
+    rotation = rope_table(config.head_dim, seq, config.rope_theta, torch.device("cpu"))[None, :, None]
     later = torch.ones(seq, seq, dtype=torch.bool).triu(1)
     h, weights = model.tok_embeddings(torch.tensor([tokens])), []  # (1, seq, dim)
     for block in model.layers:
@@ -514,6 +523,7 @@ def binned(weights: Tensor, size: int) -> Tensor:
 def attention(settings: Map) -> None:
     """Draw RUN/attention.png, and print how much the later answers attend to the instruction, before and after."""
     world = tiny_world(world_of(settings.run) if settings.world is None else settings.world)
+    parents_of([settings.run, settings.before])
     models, tokenizer = {}, None
     for folder in (settings.run, settings.before):
         config, weight_of, tokenizer_file = read_any(folder)

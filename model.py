@@ -184,8 +184,9 @@ def attention_by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -
     row. Returns (batch, seq, n_heads, head_dim).
     """
     documents = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)))  # each (tokens, heads, head_dim)
-    y = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in document), is_causal=True, enable_gqa=True)
-         for document in documents]  # each (1, n_heads, tokens, head_dim)
+    with sdpa_kernel(ANY_LENGTH):
+        y = [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in document), is_causal=True, enable_gqa=True)
+             for document in documents]  # each (1, n_heads, tokens, head_dim)
     return torch.cat(y, dim=2)[0].transpose(0, 1).view_as(q)
 
 
@@ -218,7 +219,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor, mask: Tensor | list[int] | None = None,
                 cache: "KVCache | None" = None) -> Tensor:
         """x: (batch, seq, dim) → the same. The others: see `Attention.forward`."""
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.checkpointing and cache is None and torch.is_grad_enabled():
             return checkpoint(self.compute, x, rotation, mask, None, use_reentrant=False)
         return self.compute(x, rotation, mask, cache)
 
@@ -313,7 +314,7 @@ def target_log_probs(h: Tensor, weight: Tensor, targets: Tensor, temperature: fl
     """log softmax(h weightᵀ / temperature) at the targets, in fp32, a chunk of tokens at a time.
 
     h: (batch, seq, dim). weight: (vocab, dim). targets: (batch, seq), `IGNORE` gives 0. Only `CHUNK_LOGITS` logits
-    are alive at once: the backward pass computes each chunk again.
+    are alive at once: if there are more, the backward pass computes each chunk again.
     """
     def loss(h: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(h, weight).float()  # (chunk, vocab)
@@ -321,7 +322,7 @@ def target_log_probs(h: Tensor, weight: Tensor, targets: Tensor, temperature: fl
         return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")  # (chunk,)
 
     rows, wanted = h.flatten(0, 1), targets.flatten()  # (batch · seq, dim), (batch · seq,)
-    chunk = max(1, CHUNK_LOGITS[h.device.type] // len(weight))
+    chunk = max(1, CHUNK_LOGITS.get(h.device.type, CHUNK_LOGITS["cpu"]) // len(weight))
     if len(rows) <= chunk:
         losses = loss(rows, wanted)
     else:
@@ -411,15 +412,24 @@ class KVCache:
             self.hidden = self.memory[0][0].new_zeros(len(self.lengths), 1, 1, self.columns)
 
 
+@lru_cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of this device: the one that torch would take belongs to the device of the first capture."""
+    return torch.cuda.Stream(device)
+
+
 def captured(model: nn.Module, cache: KVCache) -> Callable[[Tensor], Tensor]:
     """model(tokens, cache=cache) for one token a row as a CUDA graph: one launch instead of many hundreds (our choice).
 
-    The logits that it returns are overwritten by the next call. A cache that has lost rows needs another graph.
+    Call it in inference mode once the prompts are in the cache: what a first pass sets up can't be set up during a capture,
+    a compilation neither. The logits that it returns are overwritten by the next call. A cache that has lost rows needs
+    another graph.
     """
     if cache.end is None:
         cache.freeze()
     tokens, graph, used = torch.zeros_like(cache.lengths)[:, None], torch.cuda.CUDAGraph(), cache.used
-    with sdpa_kernel(ANY_LENGTH), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # notes launches, computes nothing
+    capture = torch.cuda.graph(graph, stream=capture_stream(tokens.device), capture_error_mode="thread_local")
+    with sdpa_kernel(ANY_LENGTH), capture:  # notes what is launched, computes nothing
         logits = model(tokens, cache=cache)
     cache.used = used
 
@@ -559,7 +569,7 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
         cache.keep(copies)
         logits = logits[copies]  # (samples, vocab)
     as_graph = device.type == "cuda" and not hasattr(model, "reshard")  # FSDP's gathering can't be captured
-    decode = captured(model, cache) if as_graph else partial(model, cache=cache)
+    decode = None if as_graph else partial(model, cache=cache)
     for step in range(steps):
         tokens, log_probs = sample(logits, temperature, top_p, random[:, step])  # (alive,), (alive,)
         still = []  # the rows that go on
@@ -581,7 +591,8 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
             kept = torch.tensor(still, device=device)
             cache.keep(kept)
             tokens, random, alive = tokens[kept], random[kept], [alive[j] for j in still]
-            decode = captured(model, cache) if as_graph else decode
+            decode = None if as_graph else decode  # the old graph's memory goes before the new one comes
+        decode = decode or captured(model, cache)
         logits = decode(tokens[:, None])  # (alive, vocab)
     return results
 
@@ -983,7 +994,7 @@ def main() -> None:
     if args.command == "generate":
         from tokenizer import TextStream, Tokenizer
         tokenizer = Tokenizer(tokenizer_file)
-        model = load_weights(config, weight_of)
+        model = load_weights(config, weight_of).to("cuda" if torch.cuda.is_available() else "cpu")
         stream = TextStream(tokenizer)
         prompt = tokenizer.encode(args.prompt, bos=True, eos=False)
         print("".join(stream.push(token) for token in prompt), end="", flush=True)  # the space behind it is the answer's

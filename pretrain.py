@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import cache, reduce
 from itertools import islice
 from pathlib import Path
@@ -232,7 +233,7 @@ def start(settings) -> Ranks:
     threads = settings.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     before = read_config(settings.out) if settings.resume else {}
     if before.get("world_size") == world_size and not settings.threads:
-        threads = before["threads"]  # another number would change the last bits of every sum
+        threads = before["threads"] or threads  # another number would change the last bits of every sum; 0: of a conversion
     torch.set_num_threads(threads)
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: keep freed memory (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
         mallopt(-3, 2**25), mallopt(-1, 2**31 - 1)  # instead of faulting every activation in again: 1.1 times as fast on CPU
@@ -268,7 +269,9 @@ def build(config: ModelConfig, settings, ranks: Ranks, kind: type[Transformer] =
     with torch.device("meta"):
         model = kind(config)
     bf16 = compute_dtype(settings, ranks) == torch.bfloat16
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
+    if bf16:  # what blocks are given is not cast: the rotation must stay fp32
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     model.compiled = settings.compile
     for block in model.layers:
         block.checkpointing = bool(settings.checkpointing)
@@ -411,7 +414,10 @@ def file_fingerprint(file: str) -> str:
 
 
 def read_documents(file: str) -> Iterator[str]:
-    """The documents of a file: each "text" of a .jsonl, or the pages of a .txt (cut at blank lines, our choice)."""
+    """The documents of a file: each "text" of a .jsonl, or the pages of a .txt.
+
+    A page ends at the first blank line behind 2,000 characters (our choice).
+    """
     if file.removesuffix(".gz").endswith(".jsonl"):
         yield from read_texts(file)
         return
@@ -435,8 +441,8 @@ def prepare(found: list[Source], settings: Settings, ranks: Ranks) -> tuple[Path
     """Tokenise every source into shards, once: rank 0 works, the others wait. Returns their folder and its index.
 
     The folder's name is a hash of data and tokenizer; it is complete when index.json is there. Stopped on the
-    way, finished shards are kept. A shard is NAME-00000.u16 (or .u32): the ids of its documents, each with BOS
-    and EOS, and NAME-00000.ends: where each document ends, as uint64.
+    way, finished shards are not written again, though their text is encoded again. A shard is NAME-00000.u16 (or .u32):
+    the ids of its documents, each with BOS and EOS, and NAME-00000.ends: where each document ends, as uint64.
     """
     tokenizer = file_fingerprint(settings.tokenizer) if settings.tokenizer else settings.vocab_size
     key = hashlib.sha256(json.dumps([[s.name, s.fingerprint] for s in found] + [tokenizer]).encode()).hexdigest()[:12]
@@ -639,9 +645,11 @@ class Mixture(Rows):
             for start in range(0, int(starts[-1]), 2**20):
                 slots = permute(np.arange(start, min(start + 2**20, int(starts[-1]))), int(starts[-1]), self.seed)
                 lengths, numbers = np.empty_like(slots), np.empty_like(slots)
-                for p, ends in enumerate(self.doc_ends):
-                    mine = (starts[p] <= slots) & (slots < starts[p + 1])
-                    read, n = slots[mine] - starts[p], len(ends)
+                part = np.searchsorted(starts, slots, side="right") - 1  # of each slot
+                by_part = np.argsort(part, kind="stable")
+                borders = np.searchsorted(part[by_part], np.arange(1, len(reads)))
+                for p, mine in enumerate(np.split(by_part, borders)):
+                    ends, read, n = self.doc_ends[p], slots[mine] - starts[p], len(self.doc_ends[p])
                     # whole epochs take every document; what is left of the reads takes a random subset
                     document = np.where(read < reads[p] // n * n, read % n, permute(read % n, n, self.seed + 1))
                     begins = np.where(document > 0, ends[document - 1], 0)
@@ -968,7 +976,7 @@ def main(settings: Settings) -> None:
         raise InputError(f"--tokenizer {settings.tokenizer}: there is no such file")
     more = {"parent": settings.init, "parent_fingerprint": parent.fingerprint} if parent else {}
     ranks = start(settings)
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)  # all rows have one length (see ANY_LENGTH)
     with locked(settings.out, ranks):
         out = Path(settings.out)
         found = text_sources(settings, spool_stdin(settings, ranks))
@@ -1026,7 +1034,7 @@ def report(out: Path) -> None:
         print(f"{'held-out source':18} {'perplexity':>10}  {'95 % interval':16} {'bits per byte':>13}"
               + "  before the first step" * (first["step"] == 0))
     else:
-        print(f"nothing is held out: no source has {HELD_OUT_EVERY} documents")
+        print(f"nothing was measured: token shards hold nothing out, nor does a source of fewer than {HELD_OUT_EVERY} documents")
     for name in names:
         mean, low, high = (math.exp(last[f"{key}/{name}"]) for key in ("loss", "low", "high"))
         print(f"{name:18} {mean:10.3f}  {low:6.3f} … {high:6.3f}  {last[f'bits_per_byte/{name}']:13.3f}"
@@ -1077,7 +1085,7 @@ def checkpoint_state(modules: dict[str, nn.Module], optimizers: dict[str, torch.
 @cache
 def cpu_group() -> dist.ProcessGroup:
     """A gloo group of its own: checkpoints are agreed on over it, and ranks wait for each other's files."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))  # for a whole stage of rank 0, or for a person
 
 
 def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer],
@@ -1179,7 +1187,7 @@ HARMLESS = {("torch.distributed.checkpoint.metadata", name) for name in (
     "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
     "_MEM_FORMAT_ENCODING")} | {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
     ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float16"), ("torch", "int64"), ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"), ("collections", "OrderedDict")}
+    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("collections", "OrderedDict")}
 
 
 def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> dict:
@@ -1190,7 +1198,8 @@ def load_checkpoint(folder: str | Path, modules: dict[str, nn.Module], optimizer
 def read_checkpoint(folder: str | Path, state: dict[str, Tensor], sums: bool = True) -> dict:
     """Fill the named tensors (see `checkpoint_state`) from a folder step-NNNNNN; return its progress.
 
-    Raises InputError if it is of another shape or damaged, before anything is changed. sums: check those of its files.
+    Raises InputError if it is of another shape or damaged, before anything is changed if a shape or a sum tells. sums: check
+    those of its files. In a process group every rank must call it.
     """
     check_sizes(folder, saved_sizes(folder), {name: tensor.shape for name, tensor in state.items()})
     if sums:
@@ -1210,7 +1219,10 @@ def read_checkpoint(folder: str | Path, state: dict[str, Tensor], sums: bool = T
 
 
 def load_model(out: str | Path, kind: type[Transformer] = Transformer) -> tuple[Transformer, Tokenizer, dict]:
-    """The newest model of a run as a plain module on the CPU, its tokenizer, and its config.json."""
+    """The newest model of a run as a plain module on the CPU, its tokenizer, and its config.json.
+
+    In a process group every rank must call it.
+    """
     if not checkpoints(out):
         raise InputError(f"{out}: there is no checkpoint of ours" + how_to_make(out))
     config, newest = saved_shape(out)
@@ -1531,7 +1543,7 @@ def plan_memory(config: ModelConfig, gpus: int, rows: int, seq_len: int, checkpo
     logits = 4 * 4 * min(tokens * config.vocab_size, CHUNK_LOGITS["cuda"])  # logits, fp32 copy, softmax, gradient
     first = kept + logits  # when the backward pass begins
     last = 4 * mine + layer + 2 * width * tokens * config.ffn_hidden  # when it ends: gradients, and one layer at work
-    both = checkpointing or last > first  # with checkpointing the two are close, and counted together to be on the safe side
+    both = checkpointing or last > first  # with checkpointing the two are close, and counted together
     unsharded = (width + 4) * block if gpus > 1 else 0  # a block's gradient, and its fp32 copy on the way out
     parts = {"weights": 4 * mine, "AdamW": 8 * mine, "gathered units": width * (head + 2 * block) + unsharded,
              "gradients": 4 * mine if both else 0, "activations": max(first, last - 4 * mine if both else 0)}

@@ -128,10 +128,15 @@ class Speaker(NamedTuple):
         return self.tokenizer.encode_dialog(messages)[0]
 
 
+def sampling_dtype(ranks: Ranks) -> torch.dtype:
+    """What whole models sample and score in: bf16 on a GPU. --dtype is that of the models that learn."""
+    return torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+
+
 def load_speaker(folder: str, ranks: Ranks) -> Speaker:
     """The model of a folder, whole, on this rank's device."""
     config, weight_of, tokenizer = read_any(folder)
-    model = load_weights(config, weight_of, torch.bfloat16 if ranks.device.type == "cuda" else torch.float32)
+    model = load_weights(config, weight_of, sampling_dtype(ranks))
     return Speaker(folder, model.to(ranks.device).eval(), Tokenizer(tokenizer), run_config(folder)["stage"] == "pretrain")
 
 
@@ -197,11 +202,11 @@ PROMPT_KEYS = {  # what may stand beside a prompt
     "template": (str, "text")}
 
 
-def file_prompts(file: str, speaker: str = "") -> list[dict]:
-    """The prompts of a file; InputError names a bad line, and one that is too long for the model of the folder `speaker`."""
+def file_prompts(file: str, answering: str = "") -> list[dict]:
+    """The prompts of a file; InputError names a bad line and, with the folder of the model that answers, one too long for it."""
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such file")
-    parent, found = parent_of(speaker) if speaker else None, []
+    parent, found = parent_of(answering) if answering else None, []
     tokenizer = Tokenizer(parent.tokenizer) if parent else None
     for place, record in read_rows(file):
         try:
@@ -238,7 +243,9 @@ def collect(settings: Collect) -> None:
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
-        record = open_run(settings, "collect", ranks, data={folder: parent.fingerprint for folder, parent in parents.items()})
+        data = {folder: parent.fingerprint for folder, parent in parents.items()}
+        data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts else {}
+        record = open_run(settings, "collect", ranks, data=data)
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
         speaker = cache(partial(load_speaker, ranks=ranks))
@@ -264,7 +271,7 @@ def in_parts(out: Path, name: str, n: int, batch_size: int, make: Callable[[rang
     """make(range of numbers) → rows for the numbers 0 … n-1, in batches that the ranks share; rank 0 gets all rows.
 
     Each batch is a file OUT/parts/NAME-NNNNN.json, written once and whole: the unit of resume of every sampling stage. `make`
-    loads its models at its first call, by a cached loader, so that a run that goes on behind its last batch loads none.
+    loads its models at its first call, by a cached loader, so that a run whose batches are all there samples without loading any.
     """
     starts = range(0, n, batch_size)
     parts = [out / "parts" / f"{name}-{first:05d}.json" for first in starts]
@@ -410,12 +417,20 @@ def safety_loss(scores: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- the model
 
 
+class ScalarHead(nn.Linear):
+    """A head that computes in fp32: in bf16 scores between 4 and 8 would be 1/32 apart, and unlike answers would tie."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h: (..., dim) → (..., 1)."""
+        return F.linear(h.float(), self.weight.float(), self.bias.float())
+
+
 class RewardModel(Transformer):
     """A chat model whose next-token head is replaced by a scalar regression head (§3.2.2). There is no dropout."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__(config, seed)
-        self.output = nn.Linear(config.dim, 1)
+        self.output = ScalarHead(config.dim, 1)
         if not self.output.weight.is_meta:
             with torch.no_grad():
                 for p in self.output.parameters():
@@ -432,8 +447,7 @@ class RewardModel(Transformer):
 
 def load_judge(folder: str, ranks: Ranks) -> RewardModel:
     """The reward model of a folder, whole, on this rank's device."""
-    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
-    return load_model(folder, RewardModel)[0].to(ranks.device, dtype).eval()
+    return load_model(folder, RewardModel)[0].to(ranks.device, sampling_dtype(ranks)).eval()
 
 
 def head_weight(shape: torch.Size, seed: int, device: torch.device) -> Tensor:

@@ -4,7 +4,8 @@
     python rlhf.py ppo --init out/rlhf-v2         # PPO; out/rlhf-v2-ppo
     python rlhf.py curves out/sft out/rlhf-v1     # Figures 7 and 8: reward against the number of samples
     python rlhf.py distill                        # safety context distillation (§4.2.4) of out/sft; out/distill
-    python rlhf.py --policy llama-2-70b-chat --init llama-2-7b-sft --prompts p.jsonl --data pool chats.jsonl:0.05
+    python rlhf.py --policy llama-2-70b-chat --init llama-2-7b-sft --prompts p.jsonl --data pool chats.jsonl:0.05 \
+        --max_new_tokens 1024
 
 A version: the newest model answers each prompt K times, the reward models pick the best answer, and a model is fine-tuned on
 the best answers of all versions so far. Which model, the paper leaves half open: it starts "again from the base model"
@@ -13,7 +14,8 @@ little of these data again; `--init out/pretrain --data toy pool:16` is the lite
 Sampling model and fine-tuned model need not have one size: the paper's smaller models learn from what the 70B sampled (the
 last line above).
 
-Read it in this order: the reward of §3.2.3, best of N, the pool, a version, curves, PPO, context distillation.
+Read it in this order: settings, the reward of §3.2.3, best of N, samples and their scores, the pool, a version, curves, PPO,
+context distillation.
 """
 import json
 import math
@@ -42,9 +44,9 @@ from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, Sourc
                       command_line, compute_dtype, cosine_schedule, cpu_group, file_fingerprint, gathered, interval,
                       load_checkpoint, locked, log_samples, open_run, optimizer_step, parent_of, permute, prepare,
                       print_settings, rank_0_first, replace_file, rewind, save_checkpoint, set_weights, signals, sources,
-                      start, text_sources, tiny_world, world_of)
-from reward import (HEAD, RewardModel, Speaker, file_prompts, held_out, in_parts, load_judge, load_speaker, padded, pair_ids,
-                    parents_of, picture, read_named, safety_labels, score_rows, sigmoid, whiskers)
+                      spool_stdin, start, text_sources, tiny_world, world_of)
+from reward import (HEAD, RewardModel, Speaker, encode_pairs, file_prompts, held_out, in_parts, load_judge, load_speaker,
+                    padded, parents_of, picture, read_named, safety_labels, score_pairs, score_rows, sigmoid, whiskers)
 from sft import Tuning, fine_tune, prompt_messages, read_dialogs, read_rows, toy_sources
 from tokenizer import Tokenizer
 
@@ -314,6 +316,7 @@ def main(settings: Settings) -> None:
         folders = [Path(settings.out).parent / f"rlhf-v{n}" for n in range(1, version) if settings.pool == "all"]
         earlier = [path for folder in folders if (path := folder / "best.jsonl").exists()]
         data = {name: parents[name].fingerprint for name in names} | {str(path): file_fingerprint(str(path)) for path in earlier}
+        data |= {settings.safety_test: file_fingerprint(settings.safety_test)} if settings.threshold is None else {}
         learn_pool(settings, "rlhf", parents[settings.init], data, partial(make_pool, settings, prompts, earlier, ranks), ranks)
 
 
@@ -327,16 +330,21 @@ def learn_pool(settings: Tuning, stage: str, parent: Parent, data: dict[str, str
     if settings.prompts:
         data = data | {settings.prompts: file_fingerprint(settings.prompts)}
     specs, embedded = toy_sources(settings.data, settings.world, settings.dialogs, settings.safety)
-    embedded["pool"] = partial(pool_rows, out / "pool.jsonl"), json.dumps([data, asdict(settings)], sort_keys=True)
-    found = sources(specs, embedded, read_dialogs)
+    embedded["pool"], bad = (partial(pool_rows, out / "pool.jsonl"), "pool"), [] if settings.skip_bad_rows else None
+    found = sources(specs, embedded, lambda file: read_dialogs(file, bad), spool_stdin(settings, ranks))
     read_through(found, embedded)
-    data = data | {source.name: source.fingerprint for source in found if source.name != "pool"}
+    if bad:
+        bad.clear()  # they are noted again when the rows are encoded
+    data = data | {source.name: source.fingerprint for source in found if source.fingerprint != "pool"}
     record = open_run(settings, stage, ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
     if ranks.rank == 0:
         replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
     make()
+    dist.barrier(cpu_group())
+    made = file_fingerprint(str(out / "pool.jsonl"))
+    found = [source._replace(fingerprint=made) if source.fingerprint == "pool" else source for source in found]
     is_toy = any(source.fingerprint == embedded["toy/dialogs"][1] for source in found)
-    fine_tune(settings, record, parent, found, ranks, tiny_world(settings.world) if is_toy else None)
+    fine_tune(settings, record, parent, found, ranks, tiny_world(settings.world) if is_toy else None, bad)
 
 
 def pool_rows(file: Path) -> Iterator[tuple[str, tuple[list[int], list[bool]]]]:
@@ -370,7 +378,7 @@ def make_pool(settings: Settings, prompts: list[dict], earlier: list[Path], rank
     rows = draw_pool(settings, len(prompts), draw, ranks)
     if not rows:
         return
-    out, tokenizer, threshold = Path(settings.out), speaker().tokenizer, settings.threshold
+    out, tokenizer, threshold = Path(settings.out), Tokenizer(Path(settings.policy, "tokenizer.model")), settings.threshold
     if threshold is None:
         threshold, precision, recall = safety_threshold(settings.safety_test, judges().safety, tokenizer)
         print(f"safety scores below {threshold:.3f} count as unsafe: precision {precision:.2f}, recall {recall:.2f} on "
@@ -386,6 +394,9 @@ def make_pool(settings: Settings, prompts: list[dict], earlier: list[Path], rank
                      "score": mine[k], "helpfulness": row["helpfulness"][k], "safety": row["safety"][k],
                      "version": settings.version, "temperature": settings.temperature, "model": settings.policy,
                      "rewards": models, "prompt_ids": row["prompt_ids"], "response_ids": row["response_ids"][k]})
+    if not best:
+        raise InputError(f"none of {scores.size} answers came to an end in {settings.max_new_tokens} tokens; begin again with a "
+                         "larger --max_new_tokens")
     old = [rescored(read_jsonl(path), judges(), threshold, models) for path in earlier]
     pool = merge_pools([*old, best])
     typical = np.array([np.median(mine[np.isfinite(mine)]) for mine in scores if np.isfinite(mine).any()])
@@ -396,14 +407,14 @@ def make_pool(settings: Settings, prompts: list[dict], earlier: list[Path], rank
     write_jsonl(out / "pool.jsonl", pool)
 
 
-def safety_threshold(file: str, safety: RewardModel, tokenizer: Tokenizer) -> tuple[float, float, float]:
-    """`choose_threshold` on the comparisons of a file; InputError if none of their answers is labelled unsafe."""
-    pairs = read_named((file,))
+def safety_threshold(file: str, safety: RewardModel, tokenizer: Tokenizer,
+                     ranks: Ranks | None = None) -> tuple[float, float, float]:
+    """`choose_threshold` on the comparisons of a file; InputError if none is labelled unsafe. ranks: if the model is sharded."""
+    pairs, encoded, _ = encode_pairs(read_named((file,)), tokenizer, safety.config.max_seq_len, "none")
     labels = safety_labels(pairs).ravel()
     if not (labels < 0).any():
         raise InputError(f"{file}: no answer is labelled unsafe, so no threshold can be chosen; give --threshold")
-    rows = [prompt + answer for prompt, answers in (pair_ids(pair, tokenizer) for pair in pairs) for answer in answers]
-    scores = sigmoid(score_rows(safety, rows))
+    scores = sigmoid(score_pairs(safety, encoded, ranks)[0].ravel())
     return choose_threshold(scores[labels != 0], labels[labels != 0] < 0)
 
 
@@ -442,9 +453,11 @@ def curves(settings: Curves) -> None:
     world, models = tiny_world(settings.world), (*settings.runs, settings.helpfulness, settings.harmlessness)
     prompts = file_prompts(settings.prompts, settings.runs[0]) if settings.prompts else toy_prompts(
         world, settings.n_prompts, settings.seed, "test", unsafe=0.0)
+    parents = parents_of([*models])
+    tokenizer = Tokenizer(parents[settings.runs[0]].tokenizer)
     ranks, out = start(settings), Path(settings.out)
     with locked(settings.out, ranks):
-        data = {folder: parent_of(folder).fingerprint for folder in models}
+        data = {folder: parent.fingerprint for folder, parent in parents.items()}
         data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts else {}
         record = open_run(settings, "curves", ranks, data=data)
         if ranks.rank == 0:
@@ -460,8 +473,8 @@ def curves(settings: Curves) -> None:
                 name = f"{number}-{temperature}"
                 rows = in_parts(out, name, len(prompts), settings.sample_batch, draw, ranks, settings.resume)
                 if ranks.rank == 0:
-                    truth = None if settings.prompts else true_helpfulness(world, prompts, rows, speaker().tokenizer)
-                    scores = combined(rows, prompts, settings.threshold, speaker().tokenizer.eos_id)
+                    truth = None if settings.prompts else true_helpfulness(world, prompts, rows, tokenizer)
+                    scores = combined(rows, prompts, settings.threshold, tokenizer.eos_id)
                     found.append({"run": run, "temperature": float(temperature), "n": sizes} | gains(scores, truth, rows, sizes))
         if ranks.rank == 0:
             replace_file(out / "curves.json", json.dumps(found).encode())
@@ -911,9 +924,10 @@ def ppo(settings: Ppo) -> None:
     judges = (settings.helpfulness, settings.harmlessness)
     parents = parents_of([settings.init, *judges])
     parent = parents[settings.init]
-    if settings.seq_len > parent.config.max_seq_len or settings.max_new_tokens >= settings.seq_len:
+    context = min(one.config.max_seq_len for one in parents.values())
+    if settings.seq_len > context or settings.max_new_tokens >= settings.seq_len:
         raise InputError(f"--seq_len {settings.seq_len} must be above --max_new_tokens {settings.max_new_tokens}, and at most "
-                         f"{parent.config.max_seq_len}, the model's context")
+                         f"{context}, the shortest context of the models")
     if settings.batch_size % settings.mini_batch or settings.temperature <= 0:
         raise InputError("--batch_size must be a multiple of --mini_batch, and --temperature above 0")
     tokenizer, out, (found, held) = Tokenizer(parent.tokenizer), Path(settings.out), load_prompts(settings)
@@ -921,6 +935,7 @@ def ppo(settings: Ppo) -> None:
     with locked(settings.out, ranks):
         data = {name: parents[name].fingerprint for name in judges}
         data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts else {}
+        data |= {settings.safety_test: file_fingerprint(settings.safety_test)} if settings.threshold is None else {}
         record = open_run(settings, "ppo", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
         models, best = load_models(settings, ranks), build(parent.config, settings, ranks)
         modules = {"model": best, "policy": models.policy, "critic": models.critic}
@@ -930,7 +945,7 @@ def ppo(settings: Ppo) -> None:
         texts = ptx_rows(settings, parent, ranks) if settings.ptx_coef else None
         threshold = settings.threshold
         if threshold is None:
-            threshold, *_ = safety_threshold(settings.safety_test, models.safety, tokenizer)
+            threshold, *_ = safety_threshold(settings.safety_test, models.safety, tokenizer, ranks)
         if ranks.rank == 0:
             replace_file(out / "tokenizer.model", Path(parent.tokenizer).read_bytes())
             replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
@@ -1082,7 +1097,7 @@ def distill(settings: Distill) -> None:
 
 def prompts_to_distill(settings: Distill) -> list[dict]:
     """The prompts to distil; never helpful ones, whose answers would get worse and be refused for nothing (§4.2.4, Table 40)."""
-    found = file_prompts(settings.prompts, settings.init) if settings.prompts else toy_prompts(
+    found = file_prompts(settings.prompts, settings.policy) if settings.prompts else toy_prompts(
         tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} distill".encode()), unsafe=1.0)
     unsafe = [prompt for prompt in found if prompt.get("unsafe")]
     if not unsafe:
@@ -1134,7 +1149,7 @@ def make_distilled(settings: Distill, prompts: list[dict], ranks: Ranks) -> None
     rows = draw_pool(settings, len(prompts), draw, ranks)
     if not rows:
         return
-    out, tokenizer, found, kept = Path(settings.out), speaker().tokenizer, [], []
+    out, tokenizer, found, kept = Path(settings.out), Tokenizer(Path(settings.policy, "tokenizer.model")), [], []
     for row in rows:
         text = tokenizer.decode(row["response_ids"]).strip()
         if row["kind"] == "plain":  # the first of each prompt

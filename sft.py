@@ -306,7 +306,7 @@ class PackedDialogs(Rows):
         return tuple(torch.from_numpy(np.stack(parts)) for parts in list(zip(*found))[: 3 if self.isolate else 2])
 
 
-def encode_dialogs(found: list[Source], tokenizer: Tokenizer, settings: Settings, bad: list[str] | None) -> dict[str, np.ndarray]:
+def encode_dialogs(found: list[Source], tokenizer: Tokenizer, settings: Tuning, bad: list[str] | None) -> dict[str, np.ndarray]:
     """The dialogues of all sources as tokens, made once and kept in out/data/KEY.npz.
 
     Returns tokens and is_answer, of all dialogues end to end; ends (dialogues,), where each ends; source (dialogues,),

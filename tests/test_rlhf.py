@@ -577,7 +577,7 @@ def test_prompts_come_from_a_file_epoch_by_epoch_each_once_and_some_are_held_out
 
 @pytest.mark.parametrize("more, words", [
     (["--mini_batch", "5"], "multiple of --mini_batch"), (["--kl_coef", "-1"], "--kl_coef must not be below 0"), (["--temperature", "0"], "--temperature above 0"),
-    (["--seq_len", "500"], "160, the model's context"), (["--max_new_tokens", "80"], "--max_new_tokens 80"),
+    (["--seq_len", "500"], "160, the shortest context of the models"), (["--max_new_tokens", "80"], "--max_new_tokens 80"),
     (["--harmlessness", "nowhere"], "nowhere"), (["--prompts", "nowhere.jsonl"], "nowhere.jsonl")])
 def test_bad_input_is_one_sentence(folders, tmp_path, more, words):
     with pytest.raises(InputError, match=words):
