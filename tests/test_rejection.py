@@ -15,7 +15,7 @@ import torch
 
 import toy
 from model import ModelConfig, Transformer
-from pretrain import fingerprint, save_model
+from pretrain import fingerprint, load_model, save_model
 from reward import RewardModel, score_rows
 from rlhf import (best_of_n, best_of_n_kl, best_scored, choose_threshold, combine_rewards, combined, merge_pools, pick, pool_rows,
                   toy_prompts)
@@ -268,3 +268,29 @@ def test_bad_input_gets_one_sentence(models, flags, sentence):
     (models / "bad.jsonl").write_text('{"prompt": "Hello?"}\n{"question": "Hello?"}\n')
     result = launch(models, *RUN, "--out", "bad", *flags)
     assert result.returncode == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_if_no_answer_ends_one_sentence_says_so_and_nothing_is_left_to_trip_over(models):
+    chat, tokenizer, _ = load_model(models / "sft")
+    with torch.no_grad():
+        chat.output.weight[tokenizer.eos_id] = 0  # greedy, of 400 logits one is above 0
+    save_model(chat, str(models / "endless-sft"), tokenizer.path)
+    result = launch(models, *RUN, "--policy", "endless-sft", "--out", "endless", "--temperature", "0")
+    assert result.returncode == 2 and "none of 72 answers came to an end in 48 tokens" in result.stderr, result.stderr
+    assert not (models / "endless" / "pool.jsonl").exists() and not (models / "endless" / "best.jsonl").exists()
+
+
+def test_what_chooses_the_threshold_is_asked_for_before_the_samples_and_may_not_change_on_the_way(models):
+    flags = [flag for flag in RUN if flag not in ("--threshold", "0.15")]
+    result = launch(models, *flags, "--out", "early", "--safety_test", "nowhere.jsonl")
+    assert result.returncode == 2 and "nowhere.jsonl: there is no such file" in result.stderr
+    assert not list(models.glob("early/parts/*"))
+
+
+def test_bad_rows_beside_the_pool_are_left_out_if_that_is_asked_for(models):
+    (models / "mixed.jsonl").write_text('{"prompt": "Hello?", "response": "Hello."}\n{"prompt": "Who?"}\n')
+    flags = ["--data", "pool", "mixed.jsonl", "--steps", "1"]
+    strict = launch(models, *RUN, *flags, "--out", "strict")
+    assert strict.returncode == 2 and "mixed.jsonl, line 2" in strict.stderr and not list(models.glob("strict/parts/*"))
+    lenient = launch(models, *RUN, *flags, "--skip_bad_rows", "--out", "lenient")
+    assert lenient.returncode == 0 and "1 bad rows left out" in lenient.stdout, lenient.stderr
