@@ -61,8 +61,8 @@ from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length
                     in_parts, is_number, load_speaker, padded, parents_of, read_pairs, score_rows, sigmoid, whiskers,
                     win_rate)
 from reward import picture as axes_of
-from rlhf import Judges, load_judges, quantile_interval, read_jsonl, write_jsonl
-from sft import are_ids, prompt_messages, read_rows
+from rlhf import Judges, load_judges, quantile_interval, read_jsonl
+from sft import are_ids, prompt_messages, read_rows, write_jsonl
 from tokenizer import Tokenizer, parse_json, read_lines
 
 # ---------------------------------------------------------------------------------------------- figures in words

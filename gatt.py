@@ -45,7 +45,7 @@ from pretrain import (COLOURS, InputError, Ranks, can_draw, claim, command_line,
                       locked, open_run, parent_of, replace_file, sources, spool_stdin, start, tiny_world, world_of,
                       write_config)
 from reward import RewardModel, Speaker, in_parts, load_judge, load_speaker, parents_of, picture, score_rows, whiskers
-from sft import Tuning, fine_tune, prompt_messages, read_dialogs, toy_sources
+from sft import Tuning, fine_tune, prompt_messages, read_dialogs, toy_sources, write_jsonl
 from tokenizer import Tokenizer, dialog_turns, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -339,8 +339,7 @@ def write_rows(rows: list[dict], plans: list[Plan], file: Path) -> None:
         raise InputError(f"all {len(rows)} dialogues were dropped: no answer came to an end; begin again with a larger "
                          "--max_new_tokens")
     masks = [gatt_mask(row["turns"], earlier=not plan.instruction) for row, plan in kept]
-    lines = [json.dumps(row | {"is_answer": mask}) + "\n" for (row, _), mask in zip(kept, masks)]
-    replace_file(file, "".join(lines).encode())
+    write_jsonl(file, [row | {"is_answer": mask} for (row, _), mask in zip(kept, masks)])
     n, turns = sum(bool(plan.instruction) for _, plan in kept), sum(len(plan.users) for _, plan in kept)
     print(f"{file}: {n:,} dialogues under an instruction, {len(kept) - n:,} without, of {turns:,} turns; {len(rows) - len(kept)} "
           "dropped, for want of an answer")
@@ -462,8 +461,7 @@ def test(settings: Test) -> None:
         for name, figures in found[run].items():
             form = "{:.0f}  [{:.0f}, {:.0f}]" if name.startswith("tokens") else "{:.2f}  [{:.2f}, {:.2f}]"
             print(f"{name:24}" + "".join(f"{form.format(*values):>20}" for values in figures.values()), flush=True)
-        lines = (json.dumps(row) + "\n" for row in seen + unseen)
-        replace_file(out / f"{re.sub(r'[^A-Za-z0-9]+', '-', run).strip('-')}.jsonl", "".join(lines).encode())
+        write_jsonl(out / f"{re.sub(r'[^A-Za-z0-9]+', '-', run).strip('-')}.jsonl", seen + unseen)
     replace_file(out / "results.json", json.dumps(found, indent=1).encode())
     write_config(settings, "gatt-test")
     if not can_draw():

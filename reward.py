@@ -40,7 +40,7 @@ from model import PRESETS, ModelConfig, Transformer, generate, load_weights, rea
 from pretrain import (COLOURS, Common, InputError, Parent, Ranks, adamw, build, can_draw, claim, command_line, cpu_group,
                       file_fingerprint, interval, load_model, locked, open_run, parent_of, permute, print_settings,
                       replace_file, run_config, set_weights, start, tiny_world, train, world_of, write_config)
-from sft import are_ids, messages_of, prompt_messages, read_rows, typed
+from sft import are_ids, messages_of, prompt_messages, read_rows, typed, write_jsonl
 from tokenizer import Tokenizer, dialog_turns, escape_tags
 
 RATINGS = tuple(toy.RATINGS)  # significantly better, better, slightly better, negligibly better (or unsure); §3.2.1
@@ -349,7 +349,7 @@ def write_pairs(rows: list[dict], labels: list[dict], file: Path) -> None:
             pair |= {side: row["responses"][i], f"{side}_ids": row["response_ids"][i], f"{side}_by": row["variants"][i]}
         pairs.append(pair)
     kept = [pair for pair in pairs if not unusable(pair)]
-    replace_file(file, "".join(json.dumps(pair) + "\n" for pair in kept).encode())
+    write_jsonl(file, kept)
     dropped = Counter(filter(None, map(unusable, pairs)))
     print(f"{file}: {len(kept):,} comparisons" + "".join(f", {n} dropped ({why})" for why, n in dropped.items()))
 

@@ -47,7 +47,7 @@ from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, Sourc
                       spool_stdin, start, text_sources, tiny_world, world_of)
 from reward import (HEAD, RewardModel, Speaker, encode_pairs, file_prompts, held_out, in_parts, load_judge, load_speaker,
                     padded, parents_of, picture, read_named, safety_labels, score_pairs, score_rows, sigmoid, whiskers)
-from sft import Tuning, fine_tune, prompt_messages, read_dialogs, read_rows, toy_sources
+from sft import Tuning, fine_tune, prompt_messages, read_dialogs, read_rows, toy_sources, write_jsonl
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -280,11 +280,6 @@ def read_jsonl(path: Path) -> list[dict]:
         if not isinstance(row, dict):
             raise InputError(f"{place}: {row if isinstance(row, InputError) else 'is no JSON object'}; make the file again")
     return [row for _, row in rows]
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Write rows, one JSON object a line."""
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 # ---------------------------------------------------------------------------------------------- a version

@@ -122,6 +122,11 @@ def read_rows(file: str) -> Iterator[tuple[str, object]]:
         raise InputError(f"{file}: something stands behind the list; one file holds one list, or one object a line")
 
 
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows, one JSON object a line; `read_rows` reads them."""
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
 def read_row(text: str) -> object:
     """A value of JSON; for a text that is none, the InputError that says why."""
     try:
