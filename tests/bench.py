@@ -271,6 +271,7 @@ def training(args: argparse.Namespace) -> dict:
     those of FSDP, which computes in bf16 and keeps fp32 weights, as pretrain.py does.
     """
     ranks = start(parse(Settings, ["--threads", str(args.threads)]))
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as pretrain.py does
     on_gpu, rows, found = ranks.device.type == "cuda", [], {}
     for case, (config, dtype, batch, seq) in (GPU_STEPS if on_gpu else STEPS).items():
         if args.only not in case:
