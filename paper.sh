@@ -26,38 +26,38 @@ stage() {
 # §3.2.1: as the models change, new comparisons, reward models again, old against new on new pairs. VERSION MODEL OTHER_MODEL
 again() {
     local new=out/preferences-v$1
-    stage 36 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new
-    stage 34 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s
+    stage 25 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new
+    stage 32 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s
     helpful+=" $new/helpfulness.jsonl" safe+=" ${new}s/safety.jsonl"
     stage 60 reward.py --kind helpfulness --init $2 --out out/reward-helpfulness-v$1 --data $helpful --rest $safe
     stage 40 reward.py --kind safety --init $2 --out out/reward-safety-v$1 --data $safe --rest $helpful
     newest="out/reward-helpfulness-v$1 out/reward-safety-v$1" rewards+=" $newest"
-    stage 24 reward.py eval $rewards --helpfulness $new/helpfulness-test.jsonl --safety ${new}s/safety-test.jsonl --out out/rewards-v$1
+    stage 22 reward.py eval $rewards --helpfulness $new/helpfulness-test.jsonl --safety ${new}s/safety-test.jsonl --out out/rewards-v$1
     judges="--helpfulness out/reward-helpfulness-v$1 --harmlessness out/reward-safety-v$1"
     train="$judges --safety_test ${new}s/safety-test.jsonl"
 }
 
 paper() {
     helpful=out/preferences/helpfulness.jsonl safe=out/preferences/safety.jsonl rewards="out/reward-helpfulness out/reward-safety"
-    stage 326 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
-    stage 6 eval.py facts            # §2.1: does it know the encyclopedia, or the web's myths?
-    stage 5 eval.py tasks            # §2.3: the tiny world's own multiple choice
+    stage 318 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
+    stage 4 eval.py facts            # §2.1: does it know the encyclopedia, or the web's myths?
+    stage 4 eval.py tasks            # §2.3: the tiny world's own multiple choice
     stage 110 sft.py                 # §3.1: the base model becomes a chat model
-    stage 48 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
-    stage 33 reward.py --kind helpfulness   # §3.2.2: a model of each
-    stage 20 reward.py --kind safety
-    stage 13 reward.py eval          # Tables 7, 8 and 29
-    stage 30 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
+    stage 45 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
+    stage 29 reward.py --kind helpfulness   # §3.2.2: a model of each
+    stage 18 reward.py --kind safety
+    stage 11 reward.py eval          # Tables 7, 8 and 29
+    stage 28 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
 
-    stage 50 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
-    stage 115 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
+    stage 44 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
+    stage 89 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
     stage 118 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt
     stage 45 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
     stage 5 gatt.py attention out/gatt --before out/rlhf-v1     # Figure 10
 
     again 2 out/rlhf-v1 out/sft-ppo
-    stage 65 rlhf.py --version 2 $train             # the best answers of both versions, rescored
-    stage 170 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
+    stage 57 rlhf.py --version 2 $train             # the best answers of both versions, rescored
+    stage 156 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
     versions="out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo" last=out/rlhf-v2-ppo second=$train general=""
 }
 
@@ -150,7 +150,7 @@ evaluations() {
     local name=${last#out/}
     stage 76 eval.py versions out/sft-ppo $versions out/gatt $judges $general    # Figures 11, 20
     stage 7 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
-    stage 47 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
+    stage 40 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
     stage 32 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21
     stage 6 eval.py corpus toy     # Table 9
 }
