@@ -568,7 +568,7 @@ def heads(args: argparse.Namespace) -> dict:
     contexts, batches = ((256, 2048), (1, 32, 128, 512)) if on_gpu else ((512,), (1, 8, 64))
     rows, found, models = [], {}, {}
     for n in (32, 8, 1) if on_gpu else (6, 3, 2, 1):
-        wider = 2 * (base.n_heads - n) * base.head_dim // 3  # what wk and wv lose, w1, w2 and w3 gain
+        wider = round(2 * (base.n_heads - n) * base.head_dim / 3 / 8) * 8  # what wk and wv lose; bf16 products want multiples of 8
         with DEVICE:
             models[f"{n} of {base.n_heads}"] = Transformer(replace(base, n_kv_heads=n, ffn_hidden=base.ffn_hidden + wider)).to(
                 dtype).eval()

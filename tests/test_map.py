@@ -17,8 +17,8 @@ import pytest
 from pretrain import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-MAP, *OTHERS = [path.read_text() for path in (
-    ROOT / "docs/paper-map.md", ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/performance.md")]
+MAP, *OTHERS = [(ROOT / name).read_text() for name in (
+    "docs/paper-map.md", "README.md", "docs/results.md", "docs/performance.md", "docs/gpu.md")]
 STAGES = [importlib.import_module(name) for name in ("pretrain", "sft", "reward", "rlhf", "gatt", "eval")]
 SECTIONS = ("1 2 2.1 2.2 2.2.1 2.3 3 3.1 3.2 3.2.1 3.2.2 3.2.3 3.3 3.4 3.4.1 3.4.2 4 4.1 4.2 4.2.1 4.2.2 4.2.3 4.2.4 4.3 4.4 "
             "5 5.1 5.2 5.3 6 7 A.1 A.2 A.2.1 A.2.2 A.3 A.3.1 A.3.2 A.3.3 A.3.4 A.3.5 A.3.6 A.3.7 A.4 A.4.1 A.4.2 A.4.3 A.4.4 "
