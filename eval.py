@@ -2528,7 +2528,7 @@ def read_runs(folder: str) -> tuple[dict[str, Run], Counter]:
     if not runs:
         raise InputError(f"{folder}: there is no finished run to report on; `bash paper.sh` makes them")
     for line in read_jsonl(stages) if (stages := Path(folder, "stages.jsonl")).exists() else ():
-        seconds[line["command"]] += line["seconds"]  # a stage that was stopped has several lines
+        seconds[line["command"]] += line["seconds"] / line.get("lanes", 1)  # a stage that was stopped has several lines
     return runs, seconds
 
 
@@ -2742,12 +2742,12 @@ def model_card(runs: dict[str, Run]) -> list[str]:
 def costs(runs: dict[str, Run], seconds: Counter, watts: float) -> list[str]:
     """Seconds of each stage, the tokens of its run, and with `watts` energy and carbon, as `pretrain.py plan` counts them."""
     made = {run.command: learned(run) for run in runs.values()}
-    rows = [[command, made.get(command, "-"), spent] for command, spent in (seconds | {"all": seconds.total()}).items()]
+    rows = [[command, made.get(command, "-"), round(spent)] for command, spent in (seconds | {"all": seconds.total()}).items()]
     if watts:
         rows = [[*row, f"{row[2] * watts / 3600:.2f}", f"{1e6 * carbon(row[2] / 3600, watts):.2f}"] for row in rows]
     power = f" Wh are seconds × {watts:g} W, and CO2eq follows by the paper's factors, PUE 1.1 and 0.385 kg/kWh." * bool(watts)
-    return [f"<p>Seconds from start to end, of a stage that was stopped their sum.{power} <span class=note>The paper: 184,320 "
-            "GPU-hours of 400 W for 7B, 31.22 tCO2eq (Table 2).</span></p>",
+    return ["<p>Seconds from start to end, half of them where two stages ran at once; of a stage that was stopped their sum."
+            f"{power} <span class=note>The paper: 184,320 GPU-hours of 400 W for 7B, 31.22 tCO2eq (Table 2).</span></p>",
             table(["python", "learned from", "seconds", *["Wh", "g CO2eq"] * bool(watts)], rows)] if seconds else []
 
 

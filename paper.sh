@@ -6,59 +6,107 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python="${PYTHON:-python}"  # or PYTHON="torchrun --nproc_per_node=2"
-line="${WORLD:+WORLD=$WORLD }${RUNS:+RUNS=$RUNS }bash paper.sh ${1:-}"
+full=${1:-}
+line="${WORLD:+WORLD=$WORLD }${RUNS:+RUNS=$RUNS }bash paper.sh $full"
 mkdir -p "${RUNS:-$here}/out"
 cd "${RUNS:-$here}"
+touch out/stages.jsonl
+exec 3>&1
+counting="" stages=0 left=0 lanes=1 beside=""
+trap '[ -z "$beside" ] || kill -- "-$beside" 2> /dev/null' EXIT
 
 # stage SECONDS SCRIPT ARGUMENTS: run it, unless it is done. SECONDS: what it took on two cores, for the time that is left.
 stage() {
     local seconds=$1 began=$SECONDS rc=0
     shift
-    if grep -qsF "{\"command\": \"$*\", \"rc\": 0," out/stages.jsonl; then return; fi
-    if [ "$counting" ]; then stages=$((stages + 1)) left=$((left + seconds)); return; fi
-    echo "--- $* ($((number += 1)) of $stages, about $((left / 60 + 1)) min left)"
+    if [ -z "$counting" ]; then finished=$(cat out/stages.jsonl); fi
+    if [[ $finished == *"{\"command\": \"$*\", \"rc\": 0,"* ]]; then return; fi
+    if [ "$counting" ]; then stages=$((stages + 1)) left=$((left + seconds / lanes)); return; fi
+    echo "--- $* ($(to_go))" | tee -a "${said:-/dev/null}" >&3
     $python "$here/$1" "${@:2}" || rc=$?
-    echo "{\"command\": \"$*\", \"rc\": $rc, \"seconds\": $((SECONDS - began))}" >> out/stages.jsonl
+    echo "{\"command\": \"$*\", \"rc\": $rc, \"seconds\": $((SECONDS - began)), \"lanes\": $lanes}" >> out/stages.jsonl
     if [ $rc -ne 0 ]; then echo "$* stopped; go on with: $line" >&2; exit 1; fi
-    left=$((left - seconds))
 }
 
-# §3.2.1: as the models change, new comparisons, reward models again, old against new on new pairs. VERSION MODEL OTHER_MODEL
+# lanes STAGES STAGES: two lines of stages at once, each on half of the cores, where neither waits for the other. What the
+# second has to say comes when both are done.
+lanes() {
+    if [[ $python == torchrun* ]]; then eval "$1"; eval "$2"; return; fi  # it has the cores already
+    local lanes=2 rc=0
+    if [ "$counting" ]; then eval "$1"; eval "$2"; return; fi
+    local -x OMP_NUM_THREADS=$((($(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) + 1) / 2))
+    : > out/beside.log
+    set -m  # a process group of its own, to be stopped with all that it started
+    (said=out/beside.log; eval "$2") >> out/beside.log 2>&1 &
+    beside=$!
+    set +m
+    eval "$1"
+    wait "$beside" || rc=1
+    beside=""
+    sed $'s/.*\r//' out/beside.log  # of each progress bar the last state
+    if [ $rc -ne 0 ]; then exit 1; fi
+}
+
+to_go() {
+    counting=yes stages=0 left=0
+    everything
+    echo "$stages to go, about $((left / 60 + 1)) min"
+}
+
+# §3.2.1: as the models change, new comparisons and reward models again. VERSION MODEL OTHER_MODEL
 again() {
-    local new=out/preferences-v$1
-    stage 25 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new
-    stage 32 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s
+    local new=out/preferences-v$1 help=out/reward-helpfulness-v$1 harmless=out/reward-safety-v$1
+    lanes "stage 36 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new" \
+        "stage 36 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s"
     helpful+=" $new/helpfulness.jsonl" safe+=" ${new}s/safety.jsonl"
-    stage 60 reward.py --kind helpfulness --init $2 --out out/reward-helpfulness-v$1 --data $helpful --rest $safe
-    stage 40 reward.py --kind safety --init $2 --out out/reward-safety-v$1 --data $safe --rest $helpful
-    newest="out/reward-helpfulness-v$1 out/reward-safety-v$1" rewards+=" $newest"
-    stage 22 reward.py eval $rewards --helpfulness $new/helpfulness-test.jsonl --safety ${new}s/safety-test.jsonl --out out/rewards-v$1
-    judges="--helpfulness out/reward-helpfulness-v$1 --harmlessness out/reward-safety-v$1"
+    lanes "stage 85 reward.py --kind helpfulness --init $2 --out $help --data $helpful --rest $safe" \
+        "stage 50 reward.py --kind safety --init $2 --out $harmless --data $safe --rest $helpful"
+    newest="$help $harmless" rewards+=" $help $harmless" judges="--helpfulness $help --harmlessness $harmless"
     train="$judges --safety_test ${new}s/safety-test.jsonl"
+    new_pairs="--helpfulness $new/helpfulness-test.jsonl --safety ${new}s/safety-test.jsonl --out out/rewards-v$1"
+}
+
+old_and_new() {  # all reward models so far, on the newest pairs
+    stage 35 reward.py eval $rewards $new_pairs
 }
 
 paper() {
     helpful=out/preferences/helpfulness.jsonl safe=out/preferences/safety.jsonl rewards="out/reward-helpfulness out/reward-safety"
     stage 318 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
-    stage 4 eval.py facts            # §2.1: does it know the encyclopedia, or the web's myths?
-    stage 4 eval.py tasks            # §2.3: the tiny world's own multiple choice
     stage 110 sft.py                 # §3.1: the base model becomes a chat model
-    stage 45 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
-    stage 29 reward.py --kind helpfulness   # §3.2.2: a model of each
-    stage 18 reward.py --kind safety
-    stage 11 reward.py eval          # Tables 7, 8 and 29
-    stage 28 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
-
-    stage 44 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
-    stage 89 rlhf.py ppo --init out/sft --steps 40  # PPO on reward models that never saw its answers: over-optimisation
-    stage 118 gatt.py --init out/rlhf-v1            # §3.3: Ghost Attention; out/gatt
-    stage 45 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
-    stage 5 gatt.py attention out/gatt --before out/rlhf-v1     # Figure 10
-
+    stage 40 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
+    lanes "stage 42 reward.py --kind helpfulness" "stage 25 reward.py --kind safety; base_model"    # §3.2.2: a model of each
+    lanes first_version over_optimised
     again 2 out/rlhf-v1 out/sft-ppo
-    stage 57 rlhf.py --version 2 $train             # the best answers of both versions, rescored
-    stage 156 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
+    lanes second_version ghost_attention
     versions="out/rlhf-v1 out/rlhf-v2 out/rlhf-v2-ppo" last=out/rlhf-v2-ppo second=$train general=""
+}
+
+base_model() {
+    stage 6 eval.py facts            # §2.1: does it know the encyclopedia, or the web's myths?
+    stage 6 eval.py tasks            # §2.3: the tiny world's own multiple choice
+}
+
+first_version() {
+    stage 60 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
+    stage 33 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
+    stage 15 reward.py eval          # Tables 7, 8 and 29
+}
+
+over_optimised() {
+    stage 130 rlhf.py ppo --init out/sft --steps 40 # PPO on reward models that never saw its answers
+}
+
+second_version() {
+    stage 75 rlhf.py --version 2 $train             # the best answers of both versions, rescored
+    stage 210 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
+}
+
+ghost_attention() {
+    stage 160 gatt.py --init out/rlhf-v1            # §3.3; out/gatt
+    stage 60 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
+    stage 6 gatt.py attention out/gatt --before out/rlhf-v1     # Figure 10
+    old_and_new
 }
 
 # A version behind Ghost Attention: from its model, with some of its dialogues among the best answers
@@ -75,11 +123,14 @@ more_versions() {
         --rest out/preferences-general/safety.jsonl --out out/reward-general
     general="--general out/reward-general"
     again 3 out/rlhf-v2-ppo out/rlhf-v2
+    old_and_new
     stage 65 rlhf.py --version 3 --policy out/rlhf-v2-ppo $train
     stage 118 gatt.py --init out/rlhf-v3 --out out/gatt-v3      # where the paper has it
     again 4 out/gatt-v3 out/rlhf-v2-ppo
+    old_and_new
     stage 90 rlhf.py --version 4 --policy out/gatt-v3 $train $(ghost out/gatt-v3)
     again 5 out/rlhf-v4 out/gatt-v3
+    old_and_new
     stage 90 rlhf.py --version 5 $train $(ghost out/gatt-v3)
     stage 170 rlhf.py ppo --init out/rlhf-v5 $train
     stage 90 gatt.py test out/rlhf-v3 out/gatt-v3 out/rlhf-v5 out/rlhf-v5-ppo --out out/gatt-test-v5
@@ -147,18 +198,21 @@ ablations() {
 
 # §3.4, §4: side by side, by the newest reward models, by a third one that trained no version, and by the truth; safety
 evaluations() {
-    local name=${last#out/}
-    stage 76 eval.py versions out/sft-ppo $versions out/gatt $judges $general    # Figures 11, 20
-    stage 7 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
-    stage 40 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
-    stage 32 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21
-    stage 6 eval.py corpus toy     # Table 9
+    lanes "stage 110 eval.py versions out/sft-ppo $versions out/gatt $judges $general" other_evaluations    # Figures 11, 20
 }
 
-stages=0 left=0 number=0
-for counting in yes ""; do
+other_evaluations() {
+    local name=${last#out/}
+    stage 10 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
+    stage 53 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
+    stage 38 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21
+    stage 8 eval.py corpus toy       # Table 9
+}
+
+everything() {
     paper
-    if [ "${1:-}" = full ]; then more_versions; ablations; fi
+    if [ "$full" = full ]; then more_versions; ablations; fi
     evaluations
-done
+}
+everything
 $python "$here/eval.py" report  # out/report.html

@@ -81,7 +81,7 @@ class Common:
     compile: bool = False  # torch.compile each block
     checkpointing: bool | None = None  # recompute activations in the backward pass | yes (Llama 1)
     replicas: int = 1  # copies of the sharded model (HSDP); 1 shards over all ranks
-    threads: int = 0  # CPU threads of a rank; 0: its share of the cores
+    threads: int = 0  # CPU threads of a rank; 0: its share of the cores (or OMP_NUM_THREADS, without torchrun)
     resume: bool = True  # go on where the run in --out stopped
 
 
@@ -230,7 +230,10 @@ def start(settings) -> Ranks:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % settings.replicas:
         raise InputError(f"--replicas {settings.replicas} must divide the number of ranks, {world_size}")
-    threads = settings.threads or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    share = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if "RANK" not in os.environ and "OMP_NUM_THREADS" in os.environ:
+        share = torch.get_num_threads()  # it was asked for; torchrun sets it to 1 unasked
+    threads = settings.threads or share
     before = read_config(settings.out) if settings.resume else {}
     if before.get("world_size") == world_size and not settings.threads:
         threads = before["threads"] or threads  # another number would change the last bits of every sum; 0: of a conversion

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -173,6 +174,30 @@ def test_a_stage_that_fails_stops_the_whole_and_comes_first_when_it_goes_on(tmp_
     code, stages = run_paper(tmp_path, "false")
     assert code == 1 and [stage["rc"] for stage in stages] == [1]
     assert run_paper(tmp_path, "true")[1][1]["command"] == stages[0]["command"]
+
+
+def test_of_two_lanes_the_one_that_fails_stops_the_other_and_nothing_runs_on(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/bash
+        case "$*" in
+            *--kind*helpfulness*) for i in {{1..200}}; do [ -s {tmp_path}/pid ] && exit 3; sleep 0.05; done;;
+            *--kind*safety*) echo $$ > {tmp_path}/pid; exec sleep 60;;
+        esac""")
+    python.chmod(0o755)
+    code, stages = run_paper(tmp_path, str(python))
+    assert code == 1 and stages[-1] | {"seconds": 0} == {
+        "command": "reward.py --kind helpfulness", "rc": 3, "seconds": 0, "lanes": 2}
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+    python.write_text(python.read_text().replace("exit 3", "exit 0").replace("exec sleep 60", "echo it broke; exit 4"))
+    result = subprocess.run(["bash", ROOT / "paper.sh"], env=os.environ | {"PYTHON": str(python), "RUNS": str(tmp_path)},
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and "it broke\nreward.py --kind safety stopped; go on with: " in result.stdout
+    lines = (tmp_path / "out" / "stages.jsonl").read_text().splitlines()[-2:]
+    assert sorted(json.loads(line)["rc"] for line in lines) == [0, 4]
 
 
 def test_every_flag_that_the_documents_name_alone_exists():
