@@ -42,10 +42,10 @@ from torch import Tensor
 import toy
 from model import KVCache, Transformer, apply_rope, generate, load_weights, read_any, rope_table
 from pretrain import (COLOURS, InputError, Ranks, can_draw, claim, command_line, cpu_group, file_fingerprint, interval,
-                      locked, open_run, parent_of, replace_file, sources, spool_stdin, start, tiny_world, world_of,
+                      locked, open_run, parent_of, rank_0_first, replace_file, sources, spool_stdin, start, tiny_world, world_of,
                       write_config)
 from reward import RewardModel, Speaker, in_parts, load_judge, load_speaker, parents_of, picture, score_rows, whiskers
-from sft import Tuning, fine_tune, prompt_messages, read_dialogs, toy_sources, write_jsonl
+from sft import Tuning, check_seq_len, fine_tune, prompt_messages, read_dialogs, toy_sources, write_jsonl
 from tokenizer import Tokenizer, dialog_turns, parse_json
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -63,9 +63,9 @@ class Settings(Tuning):
     resampled: float = 0.5  # share of the dialogues with all answers sampled under the instruction, not the last alone
     samples: int = 1  # how many are sampled of each last answer under an instruction
     reward: str = "out/reward-helpfulness"  # reward model that picks the best of several samples; "" takes the first that ends
-    temperature: float = 0.3  # of the samples
+    temperature: float = 0.3  # of the samples; their top-p is 1 | not stated
     past: int | None = None  # earlier turns that sampling reads; else all that fit | all
-    max_new_tokens: int = 96  # longest answer, in tokens
+    max_new_tokens: int | None = None  # longest answer, in tokens; a dialogue with a longer one is dropped | not stated
     check: bool = False  # drop samples that break the rule of their constraint: the tiny world can tell, the paper could not
     replay: float = 0.15  # share of the dialogues that are learned without an instruction too, with answers of the model's own
     sample_batch: int = 300  # dialogues that are sampled together and kept together: the unit of resume
@@ -74,7 +74,7 @@ class Settings(Tuning):
     # reads that message alone; its questions do not build on each other. One row a step: a row has few answers to learn.
     BY_PRESET: ClassVar[dict[str, dict]] = {
         name: values | (dict(lr=0.375 * values["lr"], adam_eps=1e-5, seq_len=1024, batch_size=1, micro_batch=1, epochs=2,
-                             eval_every=1000, past=0) if name.startswith("toy") else {})
+                             eval_every=1000, past=0, max_new_tokens=96) if name.startswith("toy") else dict(max_new_tokens=1024))
         for name, values in Tuning.BY_PRESET.items()
     }
 
@@ -296,6 +296,7 @@ def main(settings: Settings) -> None:
     reward = settings.reward if settings.samples > 1 else ""
     parents = parents_of([settings.init, reward] if reward else [settings.init])
     parent = parents[settings.init]
+    check_seq_len(settings, parent)
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.init))
     world, out, bad = tiny_world(settings.world), Path(settings.out), [] if settings.skip_bad_rows else None
@@ -322,9 +323,12 @@ def main(settings: Settings) -> None:
 def sample_rows(dialogs: Iterable[tuple[str, list[dict]]], constraints: list[dict], reward: str, settings: Settings,
                 ranks: Ranks) -> None:
     """Write OUT/gatt.jsonl. The models that it takes are gone when it returns: fine-tuning needs the room."""
-    speaker = cache(partial(load_speaker, settings.init, ranks))
+    speaker, lists = cache(partial(load_speaker, settings.init, ranks)), Path(settings.out, "constraints.json")
     judge = cache(partial(load_judge, reward, ranks)) if reward else lambda: None
-    plans = make_plans(dialogs, constraints or ask_for_lists(speaker()), settings.resampled, settings.replay, settings.seed)
+    with rank_0_first(ranks):  # asked once: other lists would be other plans for the dialogues that are there
+        if not constraints and ranks.rank == 0 and not (settings.resume and lists.exists()):
+            replace_file(lists, json.dumps(ask_for_lists(speaker()), indent=1).encode())
+    plans = make_plans(dialogs, constraints or read_constraints(str(lists)), settings.resampled, settings.replay, settings.seed)
     draw = lambda rows: synthesize(speaker(), [plans[i] for i in rows], rows.start, settings, judge())  # noqa: E731
     rows = in_parts(Path(settings.out), "gatt", len(plans), settings.sample_batch, draw, ranks, settings.resume)
     if ranks.rank == 0:
@@ -336,8 +340,8 @@ def write_rows(rows: list[dict], plans: list[Plan], file: Path) -> None:
     """Write the dialogues that can be learned, and say how many there are and, in the tiny world, how many answers obey."""
     kept = [(row, plan) for row, plan in zip(rows, plans) if "dropped" not in row]
     if not kept:
-        raise InputError(f"all {len(rows)} dialogues were dropped: no answer came to an end; begin again with a larger "
-                         "--max_new_tokens")
+        raise InputError(f"all {len(rows)} dialogues were dropped: no answer came to an end, or none had room in the context; "
+                         "begin again with another --max_new_tokens")
     masks = [gatt_mask(row["turns"], earlier=not plan.instruction) for row, plan in kept]
     write_jsonl(file, [row | {"is_answer": mask} for (row, _), mask in zip(kept, masks)])
     n, turns = sum(bool(plan.instruction) for _, plan in kept), sum(len(plan.users) for _, plan in kept)

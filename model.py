@@ -16,6 +16,7 @@ copy it away.
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -35,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 IGNORE = -1  # a target that is not learned: prompts, padding, the tail of the last batch
+CACHE_BYTES = 2**34  # keys and values alive at once in sampling
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}  # logits alive at once when log-probabilities are asked for (fp32: 64, 256 MiB)
 # Attention kernels for lengths that change: cuDNN's, not among them, takes 60 ms to plan each new one
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -435,7 +437,7 @@ def captured(model: nn.Module, cache: KVCache) -> Callable[[Tensor], Tensor]:
         cache.freeze()
     tokens, graph, used = torch.zeros_like(cache.lengths)[:, None], torch.cuda.CUDAGraph(), cache.used
     capture = torch.cuda.graph(graph, stream=capture_stream(tokens.device), capture_error_mode="thread_local")
-    with sdpa_kernel(ANY_LENGTH), capture:  # notes what is launched, computes nothing
+    with capture:  # notes what is launched, computes nothing
         logits = model(tokens, cache=cache)
     cache.used = used
 
@@ -513,10 +515,11 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     greedy. The n_samples continuations of a prompt share its prefill; that of prompt i and sample k stands at
     i · n_samples + k. A row ends at a stop token, or where the context is full. The random number of token t of
     sample k depends on (seed, rows[i], k, t) only, with rows[i] = i by default. batch_size: continuations drawn at
-    once (those of one prompt stay together). log_probs: return `Sample`s, with the log-probability of each token at
-    this temperature, before top-p. on_token(index, token) is called as tokens come. Raises ModelError for an empty
-    or too long prompt and for ids outside the vocabulary. The model must hold its full weights (see `gathered` in
-    pretrain.py), or all ranks must draw equally many tokens.
+    once (those of one prompt stay together), fewer where their keys and values would take more than `CACHE_BYTES`.
+    log_probs: return `Sample`s, with the log-probability of each token at this temperature, before top-p.
+    on_token(index, token) is called as tokens come. Raises ModelError for an empty or too long prompt and for ids
+    outside the vocabulary. The model must hold its full weights (see `gathered` in pretrain.py), or all ranks must
+    draw equally many tokens.
     """
     check_prompts(prompts, model.config)
     if not (temperature == 0 or temperature >= 1e-6) or not 0 < top_p <= 1 or max_new_tokens < 1:
@@ -526,9 +529,16 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     sharded = hasattr(model, "reshard")  # by FSDP: what it gathers in inference mode can't be trained on
     results: list = [None] * (len(prompts) * n_samples)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding in a batch
-    group = max(1, batch_size // n_samples)
-    for start in range(0, len(prompts), group):
-        batch = by_length[start : start + group]
+    c, each = model.config, model.tok_embeddings.weight.element_size()
+    column = 2 * c.n_layers * c.n_kv_heads * c.head_dim * each * n_samples  # bytes of a prompt's keys and values
+    while by_length:
+        batch = by_length[: max(1, batch_size // n_samples)]
+        while len(batch) > 1:
+            columns = min(len(prompts[batch[-1]]) + max_new_tokens, c.max_seq_len)
+            if len(batch) * columns * column <= CACHE_BYTES:
+                break
+            batch.pop()
+        by_length = by_length[len(batch) :]
         indices = [i * n_samples + k for i in batch for k in range(n_samples)]
         with torch.no_grad() if sharded else torch.inference_mode(), sdpa_kernel(ANY_LENGTH):
             drawn = generate_batch(model, [prompts[i] for i in batch], [rows[i] for i in batch], n_samples, max_new_tokens,
@@ -568,7 +578,7 @@ def generate_batch(model: Transformer, prompts: list, rows: list[int], n_samples
     results = [Sample([], []) for _ in room]
     alive = list(range(len(results)))  # results[alive[j]] is what row j of the batch writes
 
-    cache = KVCache(model.config, lengths, math.ceil((width + steps) / 8) * 8)  # a GPU reads masks by eights
+    cache = KVCache(model.config, lengths, math.ceil((width + steps) / 8) * 8)  # bf16 products on a GPU want eights
     logits = model(padded, cache=cache)  # (prompts, vocab)
     if n_samples > 1:
         copies = torch.arange(len(prompts), device=device).repeat_interleave(n_samples)
@@ -824,10 +834,11 @@ def hf_weights(folder: str | Path) -> tuple[ModelConfig, Callable]:
     return config, weight_of
 
 
-def load_weights(config: ModelConfig, weight_of: Callable, dtype: torch.dtype | None = torch.float32) -> Transformer:
+def load_weights(config: ModelConfig, weight_of: Callable, dtype: torch.dtype | None = torch.float32,
+                 kind: type[Transformer] = Transformer) -> Transformer:
     """A plain model with the weights of a reader; with dtype None in the files' own, not to be trained (it may share memory)."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = kind(config)
     copied = (lambda weight: weight) if dtype is None else lambda weight: weight.to(dtype, copy=True)
     model.load_state_dict({name: copied(weight_of(name, p.shape)) for name, p in model.named_parameters()}, assign=True)
     return model
@@ -935,11 +946,6 @@ def pool_kv_heads(config: ModelConfig, weight_of: Callable, n_kv_heads: int, how
     return replace(config, n_kv_heads=n_kv_heads), pooled
 
 
-def mean_pool_kv_heads(model: Transformer, n_kv_heads: int, how: str = "mean", seed: int = 0) -> Transformer:
-    """A plain model with fewer key and value heads; see `pool_kv_heads`."""
-    return load_weights(*pool_kv_heads(model.config, reader(model), n_kv_heads, how, seed))
-
-
 # ---------------------------------------------------------------------------------------------- the command line
 
 
@@ -996,6 +1002,8 @@ def main() -> None:
     speak.add_argument("--top_p", type=float, default=0.9)
     speak.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process of torchrun's is enough
     config, weight_of, tokenizer_file = read_any(args.source)
     if args.command == "generate":
         from tokenizer import TextStream, Tokenizer

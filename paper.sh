@@ -7,15 +7,26 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python="${PYTHON:-python}"  # or PYTHON="torchrun --nproc_per_node=2"
 full=${1:-}
-line="${WORLD:+WORLD=$WORLD }${RUNS:+RUNS=$RUNS }bash paper.sh $full"
+line="${WORLD:+WORLD=$WORLD }${RUNS:+RUNS=$RUNS }${PYTHON:+PYTHON=\"$PYTHON\" }bash paper.sh $full"
 mkdir -p "${RUNS:-$here}/out"
 cd "${RUNS:-$here}"
 touch out/stages.jsonl
 exec 3>&1
-counting="" stages=0 left=0 lanes=1 beside=""
-trap '[ -z "$beside" ] || kill -- "-$beside" 2> /dev/null' EXIT
+counting="" stages=0 left=0 lanes=1 running="" beside=""
 
-# stage SECONDS SCRIPT ARGUMENTS: run it, unless it is done. SECONDS: what it took on two cores, for the time that is left.
+# However this ends, it stops what it has started, and waits until that has saved.
+finish() {
+    local rc=$?
+    trap "" INT TERM
+    kill $running $beside 2> /dev/null || true
+    wait
+    if [ "$beside" ]; then cat out/beside.log; fi
+    exit $rc
+}
+trap finish EXIT
+trap 'echo "stopped; go on with: $line" >&2; exit 130' INT TERM
+
+# stage SECONDS SCRIPT ARGUMENTS: run it, unless it is done. SECONDS: what it took on two cores, in a lane on one.
 stage() {
     local seconds=$1 began=$SECONDS rc=0
     shift
@@ -23,7 +34,10 @@ stage() {
     if [[ $finished == *"{\"command\": \"$*\", \"rc\": 0,"* ]]; then return; fi
     if [ "$counting" ]; then stages=$((stages + 1)) left=$((left + seconds / lanes)); return; fi
     echo "--- $* ($(to_go))" | tee -a "${said:-/dev/null}" >&3
-    $python "$here/$1" "${@:2}" || rc=$?
+    $python "$here/$1" "${@:2}" &
+    running=$!
+    wait "$running" || rc=$?
+    running=""
     echo "{\"command\": \"$*\", \"rc\": $rc, \"seconds\": $((SECONDS - began)), \"lanes\": $lanes}" >> out/stages.jsonl
     if [ $rc -ne 0 ]; then echo "$* stopped; go on with: $line" >&2; exit 1; fi
 }
@@ -36,10 +50,8 @@ lanes() {
     if [ "$counting" ]; then eval "$1"; eval "$2"; return; fi
     local -x OMP_NUM_THREADS=$((($(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) + 1) / 2))
     : > out/beside.log
-    set -m  # a process group of its own, to be stopped with all that it started
-    (said=out/beside.log; eval "$2") >> out/beside.log 2>&1 &
+    (trap finish EXIT; trap "exit 130" INT TERM; said=out/beside.log; eval "$2") >> out/beside.log 2>&1 &
     beside=$!
-    set +m
     eval "$1"
     wait "$beside" || rc=1
     beside=""
@@ -48,6 +60,7 @@ lanes() {
 }
 
 to_go() {
+    local lanes=1
     counting=yes stages=0 left=0
     everything
     echo "$stages to go, about $((left / 60 + 1)) min"
@@ -56,10 +69,10 @@ to_go() {
 # §3.2.1: as the models change, new comparisons and reward models again. VERSION MODEL OTHER_MODEL
 again() {
     local new=out/preferences-v$1 help=out/reward-helpfulness-v$1 harmless=out/reward-safety-v$1
-    lanes "stage 36 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new" \
-        "stage 36 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s"
+    lanes "stage 24 reward.py collect --axis helpfulness --a $2 --b $3 --seed $1 --out $new" \
+        "stage 34 reward.py collect --axis safety --a $2 --seed $1 --out ${new}s"
     helpful+=" $new/helpfulness.jsonl" safe+=" ${new}s/safety.jsonl"
-    lanes "stage 85 reward.py --kind helpfulness --init $2 --out $help --data $helpful --rest $safe" \
+    lanes "stage 73 reward.py --kind helpfulness --init $2 --out $help --data $helpful --rest $safe" \
         "stage 50 reward.py --kind safety --init $2 --out $harmless --data $safe --rest $helpful"
     newest="$help $harmless" rewards+=" $help $harmless" judges="--helpfulness $help --harmlessness $harmless"
     train="$judges --safety_test ${new}s/safety-test.jsonl"
@@ -67,15 +80,15 @@ again() {
 }
 
 old_and_new() {  # all reward models so far, on the newest pairs
-    stage 35 reward.py eval $rewards $new_pairs
+    stage 30 reward.py eval $rewards $new_pairs
 }
 
 paper() {
     helpful=out/preferences/helpfulness.jsonl safe=out/preferences/safety.jsonl rewards="out/reward-helpfulness out/reward-safety"
-    stage 318 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
-    stage 110 sft.py                 # §3.1: the base model becomes a chat model
-    stage 40 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
-    lanes "stage 42 reward.py --kind helpfulness" "stage 25 reward.py --kind safety; base_model"    # §3.2.2: a model of each
+    stage 293 pretrain.py --world ${WORLD:-0}       # §2: world, tokenizer, one epoch, base model
+    stage 115 sft.py                 # §3.1: the base model becomes a chat model
+    stage 38 reward.py collect       # §3.2.1: two answers to each prompt, compared by helpfulness and by safety
+    lanes "stage 42 reward.py --kind helpfulness" "stage 27 reward.py --kind safety; base_model"    # §3.2.2: a model of each
     lanes first_version over_optimised
     again 2 out/rlhf-v1 out/sft-ppo
     lanes second_version ghost_attention
@@ -89,22 +102,22 @@ base_model() {
 
 first_version() {
     stage 60 rlhf.py --version 1     # §3.2.3: rejection sampling; out/rlhf-v1
-    stage 33 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
-    stage 15 reward.py eval          # Tables 7, 8 and 29
+    stage 31 rlhf.py curves out/sft  # Figures 7 and 8: the best of N answers, and their truth
+    stage 16 reward.py eval          # Tables 7, 8 and 29
 }
 
 over_optimised() {
-    stage 130 rlhf.py ppo --init out/sft --steps 40 # PPO on reward models that never saw its answers
+    stage 93 rlhf.py ppo --init out/sft --steps 40 # PPO on reward models that never saw its answers
 }
 
 second_version() {
-    stage 75 rlhf.py --version 2 $train             # the best answers of both versions, rescored
-    stage 210 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
+    stage 89 rlhf.py --version 2 $train             # the best answers of both versions, rescored
+    stage 145 rlhf.py ppo --init out/rlhf-v2 $train # eq. 3 and 4; out/rlhf-v2-ppo
 }
 
 ghost_attention() {
-    stage 160 gatt.py --init out/rlhf-v1            # §3.3; out/gatt
-    stage 60 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
+    stage 172 gatt.py --init out/rlhf-v1            # §3.3; out/gatt
+    stage 65 gatt.py test out/rlhf-v1 out/gatt      # Table 30: does the instruction still hold at turn 20?
     stage 6 gatt.py attention out/gatt --before out/rlhf-v1     # Figure 10
     old_and_new
 }
@@ -138,10 +151,9 @@ more_versions() {
 }
 
 # One flag of a stage each, in a folder of its own
-ablations() {
-    local alone="--data toy/dialogs --lr 1e-3"  # the chat model of dialogues alone
-    local size share heads how margin pairs seed
-    # §2: up-sampling; sizes (Figure 5)
+ablations_of_base_models() {
+    local size heads how
+    # §2: up-sampling; sizes (Figures 5 and 6)
     stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --out out/upsampled
     stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --data toy/encyclopedia toy/web toy/stories toy/numbers --out out/crawled
     stage 10 eval.py facts out/upsampled --against out/crawled
@@ -149,30 +161,35 @@ ablations() {
         stage 300 pretrain.py --world ${WORLD:-0} --preset $size --vocab_size 1024 --steps 480 --out out/size-$size
     done
     stage 5 eval.py curves out/size-toy-s out/size-toy out/size-toy-m out/size-toy-l
+    for size in toy-s toy-m; do
+        stage 200 sft.py --init out/size-$size --out out/sft-$size
+        stage 60 reward.py --init out/sft-$size --out out/reward-$size
+    done
     # A.2.1: one key and value head, or two, widened to equal parameters (Table 18); and pooled from four (Ainslie et al.)
     for heads in "4 1" "2 1.3" "1 1.33"; do
         stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --n_kv_heads ${heads% *} --ffn_multiplier ${heads#* } --out out/heads-${heads% *}
     done
     for heads in 2 1; do for how in mean first random; do
-        stage 5 model.py convert out/heads-4 out/$how-$heads --to ours --n_kv_heads $heads --pool $how
-        stage 15 pretrain.py --init out/$how-$heads --seed 1 --steps 50 --lr 1e-3 --warmup 5 --sample_tokens 0 --out out/pooled-$how-$heads
+        [ -d out/$how-$heads ] || stage 5 model.py convert out/heads-4 out/$how-$heads --to ours --n_kv_heads $heads --pool $how
+        stage 15 pretrain.py ${WORLD:+--world $WORLD} --init out/$how-$heads --seed 1 --steps 50 --lr 1e-3 --warmup 5 --sample_tokens 0 --out out/pooled-$how-$heads
     done; done
+}
+
+ablations_of_chat_models() {
+    local alone="--data toy/dialogs --lr 1e-3"  # the chat model of dialogues alone
+    local share how margin pairs seed
     # §3.1: packed dialogues that see each other; quality against quantity
     stage 80 sft.py $alone --out out/sft-apart
     stage 80 sft.py $alone --no-isolate --out out/sft-together
     stage 80 sft.py $alone --noise 0.3 --out out/sft-quantity
     stage 80 sft.py $alone --dialogs 2000 --epochs 8 --out out/sft-quality
-    # §3.2.2: margins (Table 28), the safety loss (Table 29), one model for both, data and sizes (Figure 6)
+    # §3.2.2: margins (Table 28), the safety loss (Table 29), one model for both, data (Figure 6)
     for margin in none small large; do for seed in 0 1 2; do
         stage 30 reward.py --margin $margin --seed $seed --out out/margin-$margin-$seed
     done; done
     stage 20 reward.py --kind safety --safety_aux 0 --out out/reward-safety-without
     stage 40 reward.py --kind joint --out out/reward-joint
     for pairs in 300 1000; do stage 20 reward.py --pairs $pairs --out out/reward-pairs-$pairs; done
-    for size in toy-s toy-m; do
-        stage 200 sft.py --init out/size-$size --out out/sft-$size
-        stage 60 reward.py --init out/sft-$size --out out/reward-$size
-    done
     # §3.2.3: temperatures, the pool of the last version alone, a control that picks at random; the parts of eq. 4
     for how in 0.4 0.8; do stage 50 rlhf.py --version 1 --temperature $how --out out/v1-temperature-$how; done
     stage 50 rlhf.py --version 1 --select random --out out/v1-random
@@ -203,15 +220,15 @@ evaluations() {
 
 other_evaluations() {
     local name=${last#out/}
-    stage 10 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
-    stage 53 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
-    stage 38 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21
-    stage 8 eval.py corpus toy       # Table 9
+    stage 7 eval.py judge --a $last --b out/sft --judge truth --out out/judge-$name
+    stage 56 eval.py safety out/sft out/rlhf-v1 $last --rewards $newest --out out/safety-$name  # §4.4, Figure 14
+    stage 32 eval.py diversity out/sft $last --out out/diversity-$name  # Figure 21
+    stage 6 eval.py corpus toy ${WORLD:+--world $WORLD}     # Table 9
 }
 
 everything() {
     paper
-    if [ "$full" = full ]; then more_versions; ablations; fi
+    if [ "$full" = full ]; then more_versions; lanes ablations_of_base_models ablations_of_chat_models; fi
     evaluations
 }
 everything

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 import toy
 from model import (CHUNK_LOGITS, IGNORE, PRESETS, ModelConfig, ModelError, Parser, Transformer, config_of, count_parameters,
-                   folder_aside, generate, initial_weight, positive_number, read_any, tokenizer_beside, with_vocab)
+                   folder_aside, generate, initial_weight, load_weights, positive_number, read_any, tokenizer_beside, with_vocab)
 from tokenizer import TOY_SYMBOLS, InputError, Tokenizer, parse_json, read_texts
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -78,7 +78,7 @@ class Common:
     seed: int = 0  # seed of the weights, of the order of the data, and of samples
     device: str = "auto"  # cpu, cuda, or auto
     dtype: str = "auto"  # fp32, bf16 (master weights stay fp32), or auto: bf16 on a GPU | not stated; bf16 by the maintainers
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # torch.compile each block, and the losses of the targets
     checkpointing: bool | None = None  # recompute activations in the backward pass | yes (Llama 1)
     replicas: int = 1  # copies of the sharded model (HSDP); 1 shards over all ranks
     threads: int = 0  # CPU threads of a rank; 0: its share of the cores (or OMP_NUM_THREADS, without torchrun)
@@ -88,6 +88,7 @@ class Common:
 @dataclass(frozen=True)
 class Settings(Common):
     """Pretrain a Llama 2 on raw text, one epoch over a mixture of sources (§2)."""
+    preset: str | None = None  # size of the model, and the paper's hyper-parameters for it; by default toy, or the size of --init
     out: str = "out/pretrain"  # folder of this run; started again, it goes on where it stopped
     data: tuple[str, ...] = ("toy",)  # [NAME=]GLOB[:EPOCHS] of .txt, .jsonl (.gz) or token shards; `toy`, `toy/web:0.5`, `docs`
     init: str = ""  # start from these weights: a run of ours, Meta's release or a Hugging Face folder
@@ -153,9 +154,11 @@ def parse(cls: type, argv: list[str] | None = None):
         parser.add_argument(field.name if positional else f"--{field.name}", **options)
     values = vars(parser.parse_args(argv))
     if "init" in values and values["preset"] is None:
-        values["preset"] = preset_of(parent_of(values["init"]).config)
+        values["preset"] = preset_of(parent_of(values["init"]).config) if values["init"] else "toy"
     by_preset = cls.BY_PRESET.get(values.get("preset"), {})
     values = {k: by_preset.get(k) if v is None else tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    if "resume" in values and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        values["resume"] = True  # started again by torchrun after a crash: what the first try made stays
     settings = cls(**values)
     for name, value in vars(settings).items():
         check_flag(name, value)
@@ -222,7 +225,7 @@ def start(settings) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:  # started by torchrun
         store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # else, started again, they read the addresses of dead ranks (torch 2.13)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # without it a restart reads the addresses of dead ranks (torch 2.13)
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     else:
@@ -236,7 +239,7 @@ def start(settings) -> Ranks:
     threads = settings.threads or share
     before = read_config(settings.out) if settings.resume else {}
     if before.get("world_size") == world_size and not settings.threads:
-        threads = before["threads"] or threads  # another number would change the last bits of every sum; 0: of a conversion
+        threads = before["threads"] or threads  # another number would change the last bits of every sum; a conversion noted 0
     torch.set_num_threads(threads)
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: keep freed memory (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)
         mallopt(-3, 2**25), mallopt(-1, 2**31 - 1)  # instead of faulting every activation in again: 1.1 times as fast on CPU
@@ -859,6 +862,10 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
                 if ranks.rank == 0:
                     print(f"stopped; saved {out}/step-{step:06d}. The same command goes on from there.", flush=True)
                 sys.exit(128 + (caught or [signal.SIGTERM])[0])
+    stopped: list = [None] * ranks.world_size  # since the last step began
+    dist.all_gather_object(stopped, list(caught), group=cpu_group())
+    if sum(stopped, []):
+        sys.exit(128 + sum(stopped, [])[0])
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -1110,7 +1117,7 @@ def save_checkpoint(out: str | Path, step: int, modules: dict[str, nn.Module], o
             dcp.save(checkpoint_state(modules, optimizers), checkpoint_id=aside, process_group=cpu_group())
         if dist.get_rank() == 0:
             replace_file(aside / "progress.json", json.dumps({"step": step} | progress).encode())
-        sums = checksums(aside)
+        sums = checksums(aside, alone=False)
         if dist.get_rank() == 0:
             replace_file(aside / "checksums.json", json.dumps(sums).encode())
             os.replace(aside, final)
@@ -1132,12 +1139,17 @@ def crc_of(file: Path) -> int:
         return reduce(lambda crc, part: zlib.crc32(part, crc), iter(lambda: f.read(2**20), b""), 0)
 
 
-def checksums(folder: Path) -> dict[str, int]:
-    """The CRC-32 of every file of a checkpoint. Every rank calls it, and reads what that rank wrote."""
+def checksums(folder: Path, alone: bool) -> dict[str, int]:
+    """The CRC-32 of every file of a checkpoint. Every rank calls it, reads what that rank wrote, and hears of the rest.
+
+    alone: of the files that this rank reads, without waiting for the others.
+    """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     files = [folder / ".metadata", folder / "progress.json", *folder.glob("*.distcp")]
     numbers = [int(found[1]) if (found := re.match(r"__(\d+)_", file.name)) else 0 for file in files]  # torch's names: __RANK_0
     sums = [{file.name: crc_of(file) for file, number in zip(files, numbers) if number % world_size == rank}] * world_size
+    if alone:
+        return sums[0]
     if world_size > 1:
         dist.all_gather_object(sums, sums[0], group=cpu_group())
     return {name: crc for share in sums for name, crc in share.items()}
@@ -1149,10 +1161,10 @@ def saved_sums(folder: str | Path) -> dict[str, int]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def check_sums(folder: str | Path) -> None:
-    """Raise InputError if a bit of a checkpoint is not as it was saved."""
+def check_sums(folder: str | Path, alone: bool) -> None:
+    """Raise InputError if a bit of a checkpoint is not as it was saved. alone: see `checksums`."""
     with undamaged(folder):
-        if (sums := saved_sums(folder)) and sums != checksums(Path(folder)):
+        if (sums := saved_sums(folder)) and not checksums(Path(folder), alone).items() <= sums.items():
             raise ValueError("other checksums")
 
 
@@ -1202,16 +1214,16 @@ def read_checkpoint(folder: str | Path, state: dict[str, Tensor], sums: bool = T
     """Fill the named tensors (see `checkpoint_state`) from a folder step-NNNNNN; return its progress.
 
     Raises InputError if it is of another shape or damaged, before anything is changed if a shape or a sum tells. sums: check
-    those of its files. In a process group every rank must call it.
+    those of its files. If the tensors are sharded every rank must call it; whole ones a rank reads alone, when it needs them.
     """
+    alone = not any(isinstance(tensor, DTensor) for tensor in state.values())
     check_sizes(folder, saved_sizes(folder), {name: tensor.shape for name, tensor in state.items()})
     if sums:
-        check_sums(folder)
+        check_sums(folder, alone)
     with undamaged(folder):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(state, storage_reader=SafeReader(folder), process_group=cpu_group() if dist.is_initialized() else None,
-                     no_dist=not dist.is_initialized())
+            dcp.load(state, storage_reader=SafeReader(folder), process_group=None if alone else cpu_group(), no_dist=alone)
         progress = json.loads(Path(folder, "progress.json").read_text())
         if progress["step"] != int(Path(folder).name.removeprefix("step-")):
             raise ValueError("progress.json counts other steps")
@@ -1222,23 +1234,15 @@ def read_checkpoint(folder: str | Path, state: dict[str, Tensor], sums: bool = T
 
 
 def load_model(out: str | Path, kind: type[Transformer] = Transformer) -> tuple[Transformer, Tokenizer, dict]:
-    """The newest model of a run as a plain module on the CPU, its tokenizer, and its config.json.
-
-    In a process group every rank must call it.
-    """
-    if not checkpoints(out):
-        raise InputError(f"{out}: there is no checkpoint of ours" + how_to_make(out))
-    config, newest = saved_shape(out)
-    tokenizer = Tokenizer(tokenizer_beside(out, config))
-    model = kind(config)
-    load_checkpoint(newest, {"model": model}, {})
-    return model.eval(), tokenizer, read_config(out)
+    """The newest model of a run as a plain module on the CPU, its tokenizer, and its config.json."""
+    config, weight_of = stored_weights(out)
+    return load_weights(config, weight_of, kind=kind).eval(), Tokenizer(tokenizer_beside(out, config)), read_config(out)
 
 
 def stored_weights(out: str | Path) -> tuple[ModelConfig, Callable]:
     """The newest weights of a run, one at a time: its shape, and weight_of(name, shape) → that parameter in fp32."""
     config, newest = saved_shape(out)
-    check_sums(newest)
+    check_sums(newest, alone=True)
 
     def weight_of(name: str, shape: tuple) -> Tensor:
         state = {f"model/weights/{name}": torch.empty(shape)}
@@ -1259,6 +1263,8 @@ def saved_shape(out: str | Path) -> tuple[ModelConfig, Path]:
 
     That is asked before a model of whatever size is built. The head may be another one, that of a reward model.
     """
+    if not checkpoints(out):
+        raise InputError(f"{out}: there is no checkpoint of ours{how_to_make(out)}")
     config, newest = shape_of(out), checkpoints(out)[-1]
     saved = saved_sizes(newest)
     layers = [int(found[1]) for name in saved if (found := re.match(r"model/weights/layers\.(\d{1,9})\.", name))]
@@ -1284,7 +1290,7 @@ def undamaged(folder: str | Path) -> Iterator[None]:
     """What goes wrong while a checkpoint is read, as an InputError: torch raises many kinds for what is missing or cut."""
     try:
         yield
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
         raise InputError(f"{folder}: this checkpoint is damaged ({type(error).__name__}); remove the folder to go on "
@@ -1424,14 +1430,13 @@ def open_run(settings, stage: str, ranks: Ranks, **more) -> dict:
     record = {"stage": stage, "settings": asdict(settings), "command": CALLED, **more, "threads": ranks.threads,
               "world_size": ranks.world_size, "torch": torch.__version__}
     record = json.loads(json.dumps(record))
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, after a crash
     if ranks.rank == 0:
         before = read_config(out)
         claim(out, stage)
         for name in ("init", "policy"):
             if getattr(settings, name, "") and Path(getattr(settings, name)).resolve() == out.resolve():
                 raise InputError(f"--{name} {out} is --out itself, which would be written over; take another --out")
-        if before and (settings.resume or restarted):
+        if before and settings.resume:
             changed = [f"--{name} {before['settings'].get(name)}" for name, value in record["settings"].items()
                        if name not in FREE and before["settings"].get(name) != value]
             changed += ["other data"] * (before.get("data") != record.get("data"))
@@ -1583,7 +1588,9 @@ def command_line(main: Callable, cls: type, argv: list[str] | None = None) -> No
     So does a file that the system does not let us read or write.
     """
     try:
-        main(parse(cls, argv))
+        settings = parse(cls, argv)
+        if hasattr(settings, "threads") or os.environ.get("RANK", "0") == "0":  # what has no such flag needs one process
+            main(settings)
     except (InputError, ModelError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -39,7 +39,7 @@ import toy
 from model import PRESETS, ModelConfig, Transformer, generate, load_weights, read_any
 from pretrain import (COLOURS, Common, InputError, Parent, Ranks, adamw, build, can_draw, claim, command_line, cpu_group,
                       file_fingerprint, interval, load_model, locked, open_run, parent_of, permute, print_settings,
-                      replace_file, run_config, set_weights, start, tiny_world, train, world_of, write_config)
+                      replace_file, run_config, set_weights, start, stored_weights, tiny_world, train, world_of, write_config)
 from sft import are_ids, messages_of, prompt_messages, read_rows, typed, write_jsonl
 from tokenizer import Tokenizer, dialog_turns, escape_tags
 
@@ -202,12 +202,21 @@ PROMPT_KEYS = {  # what may stand beside a prompt
     "template": (str, "text")}
 
 
-def file_prompts(file: str, answering: str = "") -> list[dict]:
-    """The prompts of a file; InputError names a bad line and, with the folder of the model that answers, one too long for it."""
+def prompt_room(parents: list[Parent], max_new_tokens: int) -> int:
+    """Tokens that a prompt may have: the first model answers it, the others read prompt and answer."""
+    context, *others = (parent.config.max_seq_len for parent in parents)
+    return min([context - 1, *(other - max_new_tokens for other in others if other < context)])
+
+
+def file_prompts(file: str, tokenizer: Tokenizer | None = None, room: int = 0,
+                 asked: Callable[[dict], list] = lambda prompt: [prompt_messages(prompt)]) -> list[dict]:
+    """The prompts of a file; InputError names a bad line.
+
+    With a tokenizer, one of more than `room` tokens is bad too. asked(prompt) → all dialogues that will be made of it.
+    """
     if not Path(file).is_file():
         raise InputError(f"{file}: there is no such file")
-    parent, found = parent_of(answering) if answering else None, []
-    tokenizer = Tokenizer(parent.tokenizer) if parent else None
+    found = []
     for place, record in read_rows(file):
         try:
             if isinstance(record, InputError):  # the line is no JSON
@@ -217,8 +226,8 @@ def file_prompts(file: str, answering: str = "") -> list[dict]:
             for key, (kind, name) in PROMPT_KEYS.items():
                 if not isinstance(record.get(key), kind | None):
                     raise InputError(f'"{key}" is {record[key]!r:.60}, not {name}')
-            if parent and (n := len(tokenizer.encode_dialog(prompt_messages(record))[0])) >= parent.config.max_seq_len:
-                raise InputError(f"the prompt has {n} tokens, which leaves no room in a context of {parent.config.max_seq_len}")
+            if tokenizer and (n := max(len(tokenizer.encode_dialog(messages)[0]) for messages in asked(record))) > room:
+                raise InputError(f"the prompt has {n} tokens, which leaves no room for an answer: it may have {room}")
         except InputError as error:
             raise InputError(f"{place}: {error}; mend or drop the row") from None
         found.append(record)
@@ -231,7 +240,6 @@ def collect(settings: Collect) -> None:
         raise InputError("--axis is helpfulness, safety or both, and --annotator toy or person")
     if settings.prompts and settings.annotator == "toy":
         raise InputError("the rules of the tiny world can't judge answers to other prompts; add --annotator person")
-    own = file_prompts(settings.prompts, settings.a) if settings.prompts else []
     axes = ("helpfulness", "safety") if settings.axis == "both" else (settings.axis,)
     second = {"helpfulness": settings.b or settings.a, "safety": settings.b or "out/pretrain"}
     folders = {axis: list(dict.fromkeys([settings.a, second[axis]])) for axis in axes}  # one model, or two
@@ -240,6 +248,8 @@ def collect(settings: Collect) -> None:
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.a))
     parents = parents_of(sum(folders.values(), []))
+    tokenizer, contexts = Tokenizer(parents[settings.a].tokenizer), [one.config.max_seq_len for one in parents.values()]
+    own = file_prompts(settings.prompts, tokenizer, min(contexts) - 1) if settings.prompts else []
     ranks = start(settings)
     with locked(settings.out, ranks):
         out = Path(settings.out)
@@ -248,7 +258,7 @@ def collect(settings: Collect) -> None:
         record = open_run(settings, "collect", ranks, data=data)
         if ranks.rank == 0:
             replace_file(out / "config.json", json.dumps(record | {"model": {}}, indent=1).encode())
-        speaker = cache(partial(load_speaker, ranks=ranks))
+        speaker, asked = cache(partial(load_speaker, ranks=ranks)), []
         for axis in axes:
             for split in ("train",) if settings.prompts else ("train", "test"):
                 prompts = own or prompts_to_compare(settings, axis, split)
@@ -259,11 +269,14 @@ def collect(settings: Collect) -> None:
                     speakers = [speaker(folder) for folder in folders[axis]]
                     return sample_pairs(speakers, [prompts[i] for i in rows], rows.start, settings, seed)
 
-                rows = in_parts(out, name, len(prompts), settings.batch_size, draw, ranks, settings.resume)
-                if ranks.rank == 0:
-                    if not settings.resume:
-                        (out / f"{name}-labels.jsonl").unlink(missing_ok=True)
-                    write_pairs(rows, annotations(rows, axis, settings, out / f"{name}-labels.jsonl"), out / f"{name}.jsonl")
+                asked.append((axis, name, in_parts(out, name, len(prompts), settings.batch_size, draw, ranks, settings.resume)))
+        for axis, name, rows in asked if ranks.rank == 0 else ():
+            if not settings.resume:
+                (out / f"{name}-labels.jsonl").unlink(missing_ok=True)
+            said = annotations(rows, axis, settings, out / f"{name}-labels.jsonl")
+            write_pairs(rows, said, out / f"{name}.jsonl")
+            if len(said) < len(rows):
+                break  # the annotator has stopped
 
 
 def in_parts(out: Path, name: str, n: int, batch_size: int, make: Callable[[range], list], ranks: Ranks,
@@ -447,7 +460,7 @@ class RewardModel(Transformer):
 
 def load_judge(folder: str, ranks: Ranks) -> RewardModel:
     """The reward model of a folder, whole, on this rank's device."""
-    return load_model(folder, RewardModel)[0].to(ranks.device, sampling_dtype(ranks)).eval()
+    return load_weights(*stored_weights(folder), sampling_dtype(ranks), RewardModel).to(ranks.device).eval()
 
 
 def head_weight(shape: torch.Size, seed: int, device: torch.device) -> Tensor:
@@ -630,7 +643,9 @@ def encode_pairs(pairs: list[dict], tokenizer: Tokenizer, seq_len: int, margin: 
 
 
 def pair_ids(pair: dict, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
-    """Ids of the dialogue and of its two answers, the sampled ones if the comparison has them; EOS ends an answer."""
+    """Ids of the dialogue and of its two answers, the sampled ones if the comparison has them.
+
+    EOS ends an answer, but for a sampled one that was cut off."""
     if pair.get("chosen_ids"):
         ids = [pair[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")]
         if max(map(max, ids)) >= tokenizer.vocab_size:
@@ -724,10 +739,10 @@ def read_named(files: tuple[str, ...]) -> list[dict]:
 
 def training_data(settings: Settings) -> tuple[list[dict], list[dict], list[dict]]:
     """(its own comparisons, those mixed in from the rest, held-out ones of its own kind) for a reward model."""
-    own = read_named(settings.data)
-    test = settings.test or tuple(test_file(file) for file in settings.data if Path(test_file(file)).is_file())
-    own, tested = (own, read_named(test)) if test else held_out(own)
-    return own, mix(settings.kind, own, read_named(settings.rest), settings.seed), tested
+    own, rest, tested = read_named(settings.data), read_named(settings.rest), read_named(settings.test)
+    if not settings.test:
+        (own, tested), (rest, _) = held_out(own), held_out(rest)  # of the rest too: both kinds may compare the same prompts
+    return own, mix(settings.kind, own, rest, settings.seed), tested
 
 
 def main(settings: Settings) -> None:
@@ -742,7 +757,8 @@ def main(settings: Settings) -> None:
         files = [f"out/preferences/{kind}.jsonl" for kind in ("helpfulness", "safety")]
         own = [file for file in files if settings.kind in (Path(file).stem, "joint")]
         settings = replace(settings, data=tuple(own), rest=settings.rest or tuple(file for file in files if file not in own))
-    settings = replace(settings, out=settings.out or f"out/reward-{settings.kind}")
+    test = settings.test or tuple(test_file(file) for file in settings.data if Path(test_file(file)).is_file())
+    settings = replace(settings, out=settings.out or f"out/reward-{settings.kind}", test=test)
     parent = parent_of(settings.init)
     config, tokenizer = parent.config, Tokenizer(parent.tokenizer)
     if settings.seq_len > config.max_seq_len:
@@ -751,7 +767,7 @@ def main(settings: Settings) -> None:
     with locked(settings.out, ranks):
         out = Path(settings.out)
         own, mixed_in, tested = training_data(settings)
-        files = {file: file_fingerprint(file) for file in (*settings.data, *settings.rest)}
+        files = {file: file_fingerprint(file) for file in (*settings.data, *settings.rest, *settings.test)}
         encode = partial(encode_pairs, tokenizer=tokenizer, seq_len=settings.seq_len, margin=settings.margin)
         _, pairs, long = encode(own + mixed_in)
         tested, test_pairs, test_long = encode(tested)

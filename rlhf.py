@@ -4,15 +4,15 @@
     python rlhf.py ppo --init out/rlhf-v2         # PPO; out/rlhf-v2-ppo
     python rlhf.py curves out/sft out/rlhf-v1     # Figures 7 and 8: reward against the number of samples
     python rlhf.py distill                        # safety context distillation (§4.2.4) of out/sft; out/distill
-    python rlhf.py --policy llama-2-70b-chat --init llama-2-7b-sft --prompts p.jsonl --data pool chats.jsonl:0.05 \
+    python rlhf.py --policy llama-2-13b-chat --init llama-2-7b-sft --prompts p.jsonl --data pool chats.jsonl:0.05 \
         --max_new_tokens 1024
 
 A version: the newest model answers each prompt K times, the reward models pick the best answer, and a model is fine-tuned on
 the best answers of all versions so far. Which model, the paper leaves half open: it starts "again from the base model"
 (§3.2.3). Here every version starts from the SFT model (our choice), which is the base model after the SFT data, and sees a
 little of these data again; `--init out/pretrain --data toy pool:16` is the literal reading, and costs a whole SFT each time.
-Sampling model and fine-tuned model need not have one size: the paper's smaller models learn from what the 70B sampled (the
-last line above).
+Sampling model and fine-tuned model need not have one size: the paper's smaller models learn from what the 70B sampled (as in
+the last line above, with a model that fits one GPU in bf16).
 
 Read it in this order: settings, the reward of §3.2.3, best of N, samples and their scores, the pool, a version, curves, PPO,
 context distillation.
@@ -46,8 +46,9 @@ from pretrain import (COLOURS, Common, InputError, Mixture, Parent, Ranks, Sourc
                       print_settings, rank_0_first, replace_file, rewind, save_checkpoint, set_weights, signals, sources,
                       spool_stdin, start, text_sources, tiny_world, world_of)
 from reward import (HEAD, RewardModel, Speaker, encode_pairs, file_prompts, held_out, in_parts, load_judge, load_speaker,
-                    padded, parents_of, picture, read_named, safety_labels, score_pairs, score_rows, sigmoid, whiskers)
-from sft import Tuning, fine_tune, prompt_messages, read_dialogs, read_rows, toy_sources, write_jsonl
+                    padded, parents_of, picture, prompt_room, read_named, safety_labels, score_pairs, score_rows, sigmoid,
+                    whiskers)
+from sft import Tuning, check_seq_len, fine_tune, prompt_messages, read_dialogs, read_rows, toy_sources, write_jsonl
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -256,11 +257,14 @@ def pick(scores: np.ndarray, select: str, seed: int) -> np.ndarray:
     return np.where(np.isfinite(scores), rng.random(scores.shape), -1.0).argmax(1)
 
 
-def merge_pools(pools: list[list[dict]]) -> list[dict]:
-    """One pool of several, oldest first: of two answers to one prompt (by id) the higher score stays, the newer if equal."""
+def merge_pools(pools: list[list[dict]], by_score: bool = True) -> list[dict]:
+    """One pool of several, oldest first: of two answers to one prompt (by id) the higher score stays, the newer if equal.
+
+    Not by score, the newer one stays: the control that has seen no score.
+    """
     kept: dict[str, dict] = {}
     for row in (row for pool in pools for row in pool):
-        if row["id"] not in kept or row["score"] >= kept[row["id"]]["score"]:
+        if row["id"] not in kept or not by_score or row["score"] >= kept[row["id"]]["score"]:
             kept[row["id"]] = row
     return list(kept.values())
 
@@ -303,13 +307,18 @@ def main(settings: Settings) -> None:
         settings = replace(settings, world=world_of(settings.policy))
     names = [settings.policy, settings.helpfulness, settings.harmlessness]
     parents = parents_of([*names, settings.init])
-    prompts = file_prompts(settings.prompts, settings.policy) if settings.prompts else toy_prompts(
+    tokenizer = Tokenizer(parents[settings.policy].tokenizer)
+    room = prompt_room([parents[name] for name in names], settings.max_new_tokens)
+    prompts = file_prompts(settings.prompts, tokenizer, room) if settings.prompts else toy_prompts(
         tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} version {version}".encode()),
         unsafe=settings.unsafe)
+    folders = [Path(settings.out).parent / f"rlhf-v{n}" for n in range(1, version) if settings.pool == "all"]
+    earlier = [folder / "best.jsonl" for folder in folders]
+    for path in earlier:
+        if not path.exists():
+            raise InputError(f"{path}: the best answers of an earlier version are missing; put them there, or take --pool last")
     ranks = start(settings)
     with locked(settings.out, ranks):
-        folders = [Path(settings.out).parent / f"rlhf-v{n}" for n in range(1, version) if settings.pool == "all"]
-        earlier = [path for folder in folders if (path := folder / "best.jsonl").exists()]
         data = {name: parents[name].fingerprint for name in names} | {str(path): file_fingerprint(str(path)) for path in earlier}
         data |= {settings.safety_test: file_fingerprint(settings.safety_test)} if settings.threshold is None else {}
         learn_pool(settings, "rlhf", parents[settings.init], data, partial(make_pool, settings, prompts, earlier, ranks), ranks)
@@ -331,6 +340,7 @@ def learn_pool(settings: Tuning, stage: str, parent: Parent, data: dict[str, str
     if bad:
         bad.clear()  # they are noted again when the rows are encoded
     data = data | {source.name: source.fingerprint for source in found if source.fingerprint != "pool"}
+    check_seq_len(settings, parent)
     record = open_run(settings, stage, ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
     if ranks.rank == 0:
         replace_file(out / "config.json", json.dumps(record | {"model": asdict(parent.config)}, indent=1).encode())
@@ -393,7 +403,7 @@ def make_pool(settings: Settings, prompts: list[dict], earlier: list[Path], rank
         raise InputError(f"none of {scores.size} answers came to an end in {settings.max_new_tokens} tokens; begin again with a "
                          "larger --max_new_tokens")
     old = [rescored(read_jsonl(path), judges(), threshold, models) for path in earlier]
-    pool = merge_pools([*old, best])
+    pool = merge_pools([*old, best], by_score=settings.select == "best")
     typical = np.array([np.median(mine[np.isfinite(mine)]) for mine in scores if np.isfinite(mine).any()])
     print(f"{len(prompts):,} prompts × {settings.n_samples} answers at temperature {settings.temperature} of {settings.policy}: "
           f"{np.isinf(scores).mean():.1%} cut off; R_c of the {settings.select} {np.mean([row['score'] for row in best]):.3f}, "
@@ -446,10 +456,11 @@ def curves(settings: Curves) -> None:
     if settings.world is None:
         settings = replace(settings, world=world_of(settings.runs[0]))
     world, models = tiny_world(settings.world), (*settings.runs, settings.helpfulness, settings.harmlessness)
-    prompts = file_prompts(settings.prompts, settings.runs[0]) if settings.prompts else toy_prompts(
-        world, settings.n_prompts, settings.seed, "test", unsafe=0.0)
     parents = parents_of([*models])
     tokenizer = Tokenizer(parents[settings.runs[0]].tokenizer)
+    room = min(prompt_room([parents[run], *parents.values()], settings.max_new_tokens) for run in settings.runs)
+    prompts = file_prompts(settings.prompts, tokenizer, room) if settings.prompts else toy_prompts(
+        world, settings.n_prompts, settings.seed, "test", unsafe=0.0)
     ranks, out = start(settings), Path(settings.out)
     with locked(settings.out, ranks):
         data = {folder: parent.fingerprint for folder, parent in parents.items()}
@@ -784,7 +795,11 @@ def sample_answers(policy: Transformer, prompts: list[dict], seed: int, tokenize
 
 def score_answers(models: Models, prompts: list[dict], ids: list[list[int]], answers: list[list[int]], threshold: float,
                   settings: Ppo, ranks: Ranks) -> tuple[Tensor, dict[str, float]]:
-    """R_c of each answer, (rows,) in (0, 1), and the means to log: of LOGIT(R_c), R_s and R_h."""
+    """R_c of each answer, (rows,) in (0, 1), and the means to log: of LOGIT(R_c), R_s and R_h.
+
+    An answer that was cut off has the R_c of what it says, in the figures on held-out prompts too (our choice); what is learned
+    from it is another thing (see `whiten_scores`).
+    """
     rows = [prompt + answer for prompt, answer in zip(ids, answers)]
     room = settings.micro_batch * settings.seq_len  # tokens of a forward pass
     r_s, r_h = (sigmoid(score_rows(judge, rows, room, ranks)) for judge in (models.safety, models.helpfulness))
@@ -893,13 +908,11 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         mine.to_local().copy_(theirs.to_local())
 
 
-def ptx_rows(settings: Ppo, parent: Parent, ranks: Ranks) -> Mixture:
+def ptx_rows(found: list[Source], reading: pretrain.Settings, settings: Ppo, ranks: Ranks) -> Mixture:
     """The text of --ptx_data as rows of seq_len tokens, as pretraining reads it."""
-    reading = pretrain.Settings(out=settings.out, data=settings.ptx_data, tokenizer=parent.tokenizer, world=settings.world)
-    found = text_sources(reading)
     folder, index = prepare(found, reading, ranks)
     parts = [(folder / part, source.epochs) for source in found for part in index[source.name]["parts"] if source.epochs]
-    tokenizer = Tokenizer(parent.tokenizer)
+    tokenizer = Tokenizer(reading.tokenizer)
     with rank_0_first(ranks):
         rows = Mixture(parts, settings.seq_len, settings.seed, tokenizer.eos_id, tokenizer.vocab_size, folder)
     if rows.n_rows < settings.mini_batch:
@@ -931,13 +944,17 @@ def ppo(settings: Ppo) -> None:
         data = {name: parents[name].fingerprint for name in judges}
         data |= {settings.prompts: file_fingerprint(settings.prompts)} if settings.prompts else {}
         data |= {settings.safety_test: file_fingerprint(settings.safety_test)} if settings.threshold is None else {}
+        reading = pretrain.Settings(settings.preset, settings.out, data=settings.ptx_data, tokenizer=parent.tokenizer,
+                                    world=settings.world)
+        found_texts = text_sources(reading) if settings.ptx_coef else []
+        data |= {source.name: source.fingerprint for source in found_texts}
         record = open_run(settings, "ppo", ranks, data=data, parent=settings.init, parent_fingerprint=parent.fingerprint)
         models, best = load_models(settings, ranks), build(parent.config, settings, ranks)
         modules = {"model": best, "policy": models.policy, "critic": models.critic}
         optimizers = {name: adamw(modules[name], settings.weight_decay, settings.adam_eps) for name in ("policy", "critic")}
         state = {"step": 0, "kl_coef": settings.kl_coef, "best": -math.inf, "best_step": 0, "seconds": 0.0}
         state |= resume(out, modules, optimizers, ranks)
-        texts = ptx_rows(settings, parent, ranks) if settings.ptx_coef else None
+        texts = ptx_rows(found_texts, reading, settings, ranks) if found_texts else None
         threshold = settings.threshold
         if threshold is None:
             threshold, *_ = safety_threshold(settings.safety_test, models.safety, tokenizer, ranks)
@@ -1083,16 +1100,20 @@ def distill(settings: Distill) -> None:
         settings = replace(settings, world=world_of(settings.policy))
     names = [settings.policy, settings.harmlessness]
     parents = parents_of([*names, settings.init])
-    prompts = prompts_to_distill(settings)
+    room = prompt_room([parents[name] for name in names], settings.max_new_tokens)
+    prompts = prompts_to_distill(settings, Tokenizer(parents[settings.policy].tokenizer), room)
     ranks = start(settings)
     with locked(settings.out, ranks):
         data = {name: parents[name].fingerprint for name in names}
         learn_pool(settings, "distill", parents[settings.init], data, partial(make_distilled, settings, prompts, ranks), ranks)
 
 
-def prompts_to_distill(settings: Distill) -> list[dict]:
+def prompts_to_distill(settings: Distill, tokenizer: Tokenizer, room: int) -> list[dict]:
     """The prompts to distil; never helpful ones, whose answers would get worse and be refused for nothing (§4.2.4, Table 40)."""
-    found = file_prompts(settings.prompts, settings.policy) if settings.prompts else toy_prompts(
+    def asked(prompt: dict) -> list[list[dict]]:
+        return [under(one, prompt_messages(prompt)) for one in (*settings.generic, template_of(prompt) or "")]
+
+    found = file_prompts(settings.prompts, tokenizer, room, asked) if settings.prompts else toy_prompts(
         tiny_world(settings.world), settings.n_prompts, zlib.crc32(f"{settings.seed} distill".encode()), unsafe=1.0)
     unsafe = [prompt for prompt in found if prompt.get("unsafe")]
     if not unsafe:
@@ -1107,6 +1128,11 @@ def under(preprompt: str, messages: list[dict]) -> list[dict]:
     return [{"role": "system", "content": "\n".join([preprompt, *own])}, *messages[len(own) :]]
 
 
+def template_of(prompt: dict) -> str | None:
+    """The preprompt of the risk category of a prompt, if it has one."""
+    return prompt.get("template") or toy.TEMPLATES.get(prompt.get("category"))
+
+
 def answer_under_preprompts(speaker: Speaker, judge: RewardModel, prompts: list[dict], numbers: range,
                             settings: Distill) -> list[dict]:
     """Answers to the prompts with these numbers: plain, under a generic preprompt, under the template of the risk category.
@@ -1117,8 +1143,7 @@ def answer_under_preprompts(speaker: Speaker, judge: RewardModel, prompts: list[
     asked, rows = [], []
     for i in numbers:
         messages = prompt_messages(prompts[i])
-        template = prompts[i].get("template") or toy.TEMPLATES.get(prompts[i].get("category"))
-        for kind, preprompt in zip(KINDS, ("", settings.generic[i % len(settings.generic)], template)):
+        for kind, preprompt in zip(KINDS, ("", settings.generic[i % len(settings.generic)], template_of(prompts[i]))):
             if preprompt is not None:
                 asked.append(speaker.prompt_ids(under(preprompt, messages) if preprompt else messages))
                 rows.append({"number": i, "kind": kind, "preprompt": preprompt, "prompt_ids": speaker.prompt_ids(messages)})

@@ -37,7 +37,7 @@ from model import IGNORE, PRESETS, Transformer, generate, load_weights, read_any
 from pretrain import (Common, InputError, Parent, Ranks, Rows, Source, adamw, build, command_line, draw_loss, file_fingerprint,
                       gathered, interval, lm_loss, locked, log_samples, open_run, parent_of, perplexity, print_settings,
                       rank_0_first, replace_file, sources, spool_stdin, start, tiny_world, train, world_of)
-from tokenizer import TextStream, Tokenizer, dialog_turns, parse_json, read_lines
+from tokenizer import TextStream, Tokenizer, dialog_turns, escape_tags, parse_json, read_lines
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -180,19 +180,19 @@ def read_dialogs(file: str, bad: list[str] | None = None) -> Iterator[tuple[str,
     A bad row stops with an InputError that names its place; with a list `bad` it is noted there and left out.
     """
     for place, row in read_rows(file):
-        if isinstance(row, dict) and "turns" in row and "is_answer" in row:
-            yield place, masked_ids(place, row)
-            continue
         try:
-            messages = messages_of(row)
-            if dialog_turns(messages)[0][1] is None:
-                raise InputError("has no answer to learn from")
+            if isinstance(row, dict) and "turns" in row and "is_answer" in row:
+                found = masked_ids(row)
+            else:
+                found = messages_of(row)
+                if dialog_turns(found)[0][1] is None:
+                    raise InputError("has no answer to learn from")
         except InputError as error:
             if bad is None:
                 raise InputError(f"{place}: {error}; mend the row, or leave such rows out with --skip_bad_rows") from None
             bad.append(f"{place}: {error}")
         else:
-            yield place, messages
+            yield place, found
 
 
 def are_ids(tokens: object) -> bool:
@@ -200,13 +200,13 @@ def are_ids(tokens: object) -> bool:
     return isinstance(tokens, list) and bool(tokens) and all(type(token) is int and 0 <= token < 2**31 for token in tokens)
 
 
-def masked_ids(place: str, row: dict) -> tuple[list[int], list[bool]]:
-    """The ids of a row of gatt.jsonl, and which of them are learned; InputError names the place of a bad one."""
+def masked_ids(row: dict) -> tuple[list[int], list[bool]]:
+    """The ids of a row of gatt.jsonl, and which of them are learned; InputError if they do not fit together."""
     turns, mask = row["turns"], row["is_answer"]
     parts = [part for turn in turns if isinstance(turn, list) for part in turn] if isinstance(turns, list) else []
     ids = [token for part in parts for token in part] if all(map(are_ids, parts)) else []
     if len(ids) < 2 or not isinstance(mask, list) or len(mask) != len(ids) or not all(type(flag) is bool for flag in mask):
-        raise InputError(f'{place}: its "turns" are no ids with an "is_answer" for each; make the file again with gatt.py')
+        raise InputError('its "turns" are no ids with an "is_answer" for each; make the file again with gatt.py')
     return ids, mask
 
 
@@ -315,7 +315,7 @@ def encode_dialogs(found: list[Source], tokenizer: Tokenizer, settings: Tuning, 
     """The dialogues of all sources as tokens, made once and kept in out/data/KEY.npz.
 
     Returns tokens and is_answer, of all dialogues end to end; ends (dialogues,), where each ends; source (dialogues,),
-    the number of its source; and counts: of dialogues read, bad rows, cut at a turn, dropped as too long.
+    the number of its source; and counts: of dialogues kept, bad rows, cut at a turn, dropped as too long.
     """
     key = [[s.name, s.fingerprint] for s in found] + [file_fingerprint(tokenizer.path), settings.seq_len, settings.skip_bad_rows]
     path = Path(settings.out, "data", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12] + ".npz")
@@ -387,6 +387,13 @@ def main(settings: Settings) -> None:
         fine_tune(settings, record, parent, found, ranks, tiny_world(settings.world) if is_toy else None, bad)
 
 
+def check_seq_len(settings: Tuning, parent: Parent) -> None:
+    """Raise InputError for rows that the model can't read: asked before anything is sampled for them, too."""
+    if settings.seq_len > parent.config.max_seq_len:
+        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context; take "
+                         f"{parent.config.max_seq_len} at most")
+
+
 def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source], ranks: Ranks,
               world: toy.World | None = None, bad: list[str] | None = None) -> None:
     """Dialogues → packed rows → a few epochs on the answers → what the chat model can do, before and after.
@@ -394,9 +401,7 @@ def fine_tune(settings: Tuning, record: dict, parent: Parent, found: list[Source
     record: what `open_run` returned. found: sources of rows (see `encoded_turns`). world: the tiny world, if the survey of
     it shall be made. bad: where a source notes bad rows. The stages after SFT fine-tune through here too.
     """
-    if settings.seq_len > parent.config.max_seq_len:
-        raise InputError(f"--seq_len {settings.seq_len} is longer than the model's context; take "
-                         f"{parent.config.max_seq_len} at most")
+    check_seq_len(settings, parent)
     out, tokenizer = Path(settings.out), Tokenizer(parent.tokenizer)
     with rank_0_first(ranks):
         dialogs = encode_dialogs(found, tokenizer, settings, bad)
@@ -615,7 +620,7 @@ def chat(settings: Chat) -> None:
         elif command == "/reset":
             turns = []
             note("a new dialogue")
-        elif command == "/seed" and rest.isdigit():
+        elif command == "/seed" and rest.isdecimal():
             seed = int(rest)
         elif command.startswith("/"):
             note(Chat.__doc__)
@@ -632,7 +637,7 @@ def chat(settings: Chat) -> None:
                 asked = asked[2 * dropped :]
             said = stream_answer(model, tokenizer, tokens, settings, seed)
             seed += 1
-            turns = [*asked, {"role": "assistant", "content": said}] if said else turns
+            turns = [*asked, {"role": "assistant", "content": escape_tags(said)}] if said else turns
 
 
 def stream_answer(model: Transformer, tokenizer: Tokenizer, tokens: list[int], settings: Chat, seed: int) -> str:

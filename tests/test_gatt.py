@@ -338,6 +338,19 @@ def test_bad_input_is_one_sentence(tmp_path, chat, flags, sentence):
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and sentence in result.stderr, result.stderr
 
 
+def test_rows_that_are_too_long_for_the_model_are_refused_before_anything_is_sampled(tmp_path, chat, dialogs):
+    result = launch("--init", chat, "--data", dialogs, "--reward", "", "--out", tmp_path / "out", "--seq_len", "4096")
+    assert result.returncode == 2 and "--seq_len 4096 is longer than the model's context" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_that_the_model_wrote_are_kept_and_not_asked_for_again(tmp_path, chat, dialogs):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "constraints.json").write_text(json.dumps([{"kind": "hobby", "texts": ["You like tea."], "terse": "Tea."}]))
+    rows = map(json.loads, tune(chat, dialogs, tmp_path / "out", "--constraints", "ask").splitlines())
+    assert {row["instruction"] for row in rows} == {"", "Rhyme.", "You like tea.", "Tea."}
+
+
 def test_a_model_that_writes_lists_is_asked_for_them(speaker, monkeypatch):
     said = "Sure! Here they are:\n1. Chess\n2. Bird watching\n3. Go.\n- Darts\n* Golf\n6) Tea: a drink\n"
     monkeypatch.setattr(gatt, "generate", lambda *args, **more: [speaker.tokenizer.encode(said, bos=False, eos=True)])

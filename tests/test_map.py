@@ -176,6 +176,32 @@ def test_a_stage_that_fails_stops_the_whole_and_comes_first_when_it_goes_on(tmp_
     assert run_paper(tmp_path, "true")[1][1]["command"] == stages[0]["command"]
 
 
+def is_gone(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_kill_stops_the_stage_too_and_says_how_to_go_on(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/bash\necho $$ > {tmp_path}/pid; exec sleep 60")
+    python.chmod(0o755)
+    script = subprocess.Popen(["bash", ROOT / "paper.sh"], env=os.environ | {"PYTHON": str(python), "RUNS": str(tmp_path)},
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    script.terminate()
+    said = script.communicate(timeout=30)[1]
+    assert script.returncode == 130 and f'go on with: RUNS={tmp_path} PYTHON="{python}" bash paper.sh' in said
+    assert is_gone(int((tmp_path / "pid").read_text())) and not (tmp_path / "out" / "stages.jsonl").read_text()
+
+
 def test_of_two_lanes_the_one_that_fails_stops_the_other_and_nothing_runs_on(tmp_path):
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/bash
@@ -187,11 +213,7 @@ def test_of_two_lanes_the_one_that_fails_stops_the_other_and_nothing_runs_on(tmp
     code, stages = run_paper(tmp_path, str(python))
     assert code == 1 and stages[-1] | {"seconds": 0} == {
         "command": "reward.py --kind helpfulness", "rc": 3, "seconds": 0, "lanes": 2}
-    pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
-        time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists()
+    assert is_gone(int((tmp_path / "pid").read_text()))
     python.write_text(python.read_text().replace("exit 3", "exit 0").replace("exec sleep 60", "echo it broke; exit 4"))
     result = subprocess.run(["bash", ROOT / "paper.sh"], env=os.environ | {"PYTHON": str(python), "RUNS": str(tmp_path)},
                             capture_output=True, text=True)

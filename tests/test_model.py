@@ -2,6 +2,7 @@
 import base64
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,9 @@ def test_a_packed_document_has_the_logits_and_gradients_that_it_has_alone(compil
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_log_probs_in_chunks_have_the_values_and_gradients_of_the_whole(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.skipif(
+    not shutil.which("g++"), reason="the compiler of PyTorch needs g++"))])
+def test_log_probs_in_chunks_have_the_values_and_gradients_of_the_whole(monkeypatch, compiled):
     h = torch.randn(2, 7, 8, dtype=torch.double, requires_grad=True)
     weight = torch.randn(11, 8, dtype=torch.double, requires_grad=True)
     targets = torch.randint(11, (2, 7))
@@ -127,7 +130,7 @@ def test_log_probs_in_chunks_have_the_values_and_gradients_of_the_whole(monkeypa
     expected = torch.autograd.grad(whole.sum(), [h, weight])
     for limit in (1, 33, 10**6):  # one row at a time, three, all
         monkeypatch.setitem(model_file.CHUNK_LOGITS, "cpu", limit)
-        found = target_log_probs(h, weight, targets, temperature=0.7)
+        found = target_log_probs(h, weight, targets, 0.7, compiled)
         torch.testing.assert_close(found, whole)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), [h, weight]), expected, atol=1e-6, rtol=1e-5)
 
@@ -195,6 +198,17 @@ def test_a_sample_does_not_depend_on_the_batch_it_was_drawn_in(batch_size):
     alone = [generate(model, [prompt], 15, 1.0, 1.0, stop=(3,), seed=1, n_samples=k + 1, rows=[i])[k]
              for i, prompt in enumerate(PROMPTS) for k in range(3)]
     assert together == alone
+
+
+def test_no_more_is_drawn_at_once_than_the_memory_for_keys_and_values_holds(monkeypatch):
+    model, shapes, prompts = loud(), [], [prompt for prompt in PROMPTS if len(prompt) > 1] * 3
+    free = generate(model, prompts, 15, 1.0, 1.0, n_samples=2)
+    a_token = 2 * 2 * 2 * 8 * 4  # bytes: keys and values of 2 layers, 2 heads, 8 numbers in fp32
+    monkeypatch.setattr(model_file, "CACHE_BYTES", 150 * a_token)
+    model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    assert generate(model, prompts, 15, 1.0, 1.0, n_samples=2) == free
+    read = [(rows, width) for rows, width in shapes if width > 1]  # the passes over prompts
+    assert read == [(4, 3), (3, 6), (2, 6)] and max(2 * rows * (width + 15) for rows, width in read) <= 150
 
 
 def test_in_bf16_the_first_token_of_a_ragged_batch_is_that_of_the_plain_loop():

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import pretrain
 from model import IGNORE, PRESETS, Transformer, generate, with_vocab
-from pretrain import (InputError, Mixture, Ranks, Settings, adamw, build, checkpoints, cosine_schedule, flops_per_token,
+from pretrain import (InputError, Mixture, Parent, Ranks, Settings, adamw, build, checkpoints, cosine_schedule, flops_per_token,
                       gathered, interval, lm_loss, load_checkpoint, load_model, optimizer_step, parse, permute, perplexity,
                       read_documents, save_checkpoint, text_sources, train)
 
@@ -478,6 +478,26 @@ def test_paper_presets_hold_the_papers_hyper_parameters():
     for name, lr, rows in [("7b", 3e-4, 1024), ("70b", 1.5e-4, 1024), ("llama1-7b", 3e-4, 2048)]:
         s = parse(Settings, ["--preset", name])
         assert (s.lr, s.batch_size * s.seq_len, s.batch_size, s.warmup, s.weight_decay, s.grad_clip) == (lr, 2**22, rows, 2000, 0.1, 1.0)
+
+
+def test_pretraining_goes_on_from_a_large_model_with_the_hyper_parameters_of_its_size(monkeypatch):
+    assert parse(Settings, []).preset == "toy"
+    monkeypatch.setattr(pretrain, "parent_of", lambda folder: Parent(PRESETS["13b"], "", "", None))
+    assert (found := parse(Settings, ["--init", "13b"])).preset == "13b" and found.seq_len == 4096 and found.lr == 3e-4
+
+
+@pytest.mark.parametrize("words", [("pretrain.py", "plan"), ("model.py", "convert", "none", "there", "--to", "hf")])
+def test_of_a_command_that_needs_one_process_the_others_of_torchrun_do_nothing(words):
+    results = [subprocess.run([sys.executable, HERE / words[0], *words[1:]], env=os.environ | {"RANK": rank}, capture_output=True)
+               for rank in "01"]
+    assert results[0].stdout or results[0].returncode == 2
+    assert (results[1].returncode, results[1].stdout, results[1].stderr) == (0, b"", b"")
+
+
+def test_what_torchrun_starts_again_goes_on_even_if_it_was_to_begin_anew(monkeypatch):
+    assert not parse(Settings, ["--no-resume"]).resume
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert parse(Settings, ["--no-resume"]).resume
 
 
 @pytest.mark.parametrize("flags, word", [(["--lr", "-1"], "--lr"), (["--batch_size", "0"], "--batch_size"), (["--dtype", "fp8"], "fp8")])

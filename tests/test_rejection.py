@@ -108,6 +108,7 @@ def test_of_two_answers_to_one_prompt_the_pool_keeps_the_better_and_of_equal_one
     row = lambda name, score, version: {"id": name, "score": score, "version": version}  # noqa: E731
     old, new = [row("a", 0.9, 1), row("b", 0.5, 1), row("c", 0.2, 1)], [row("a", 0.4, 2), row("b", 0.5, 2), row("d", 0.1, 2)]
     assert {r["id"]: r["version"] for r in merge_pools([old, new])} == {"a": 1, "b": 2, "c": 1, "d": 2}
+    assert {r["id"]: r["version"] for r in merge_pools([old, new], by_score=False)} == {"a": 2, "b": 2, "c": 1, "d": 2}
 
 
 def test_a_pool_is_learned_in_the_ids_that_were_sampled_and_only_its_answers_are(tmp_path):
@@ -190,6 +191,23 @@ def test_two_ranks_draw_the_same_pool_as_one(models):
     one, two = (pool(models / name / "rlhf-v1") for name in ("one", "two"))
     assert [row["response_ids"] for row in one] == [row["response_ids"] for row in two]
     assert np.allclose([row["score"] for row in one], [row["score"] for row in two], atol=1e-6)
+
+
+def test_a_rank_that_has_nothing_to_draw_holds_nobody_up(models):
+    out, few = models / "few" / "rlhf-v1", ["--sample_batch", "12", "--out", "few/rlhf-v1"]
+    drawn = []
+    for missing in ([], ["pool.jsonl"], ["pool.jsonl", "parts/answers-00000.json"]):  # one batch for two ranks, none, one again
+        for name in missing:
+            (out / name).unlink()
+        result = launch(models, *RUN, *few, n=2)
+        assert result.returncode == 0, result.stderr
+        drawn.append(pool(out))
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_a_version_without_the_best_answers_of_an_earlier_one_is_refused(models):
+    result = launch(models, *RUN, "--version", "2", "--out", "lost/rlhf-v2")
+    assert result.returncode == 2 and "lost/rlhf-v1/best.jsonl" in result.stderr and "--pool last" in result.stderr
 
 
 def test_a_later_version_mixes_in_the_best_of_the_earlier_ones_rescored_by_the_newest_reward_models(models):

@@ -16,9 +16,10 @@ import torch
 import toy
 from eval import Report, report
 from model import ModelConfig, Transformer
-from pretrain import InputError, Ranks, load_model, save_model
-from reward import (MARGINS, RATINGS, Pair, RewardModel, accuracy, batch_at, collate, encode_pairs, held_out, margin_ranking_loss,
-                    measure, mix, pair_ids, read_pairs, reward_loss, safety_loss, score_rows, trend, win_rate)
+from pretrain import InputError, Ranks, load_model, parse, save_model
+from reward import (MARGINS, RATINGS, Pair, RewardModel, Settings, accuracy, batch_at, collate, encode_pairs, held_out,
+                    margin_ranking_loss, measure, mix, pair_ids, read_pairs, reward_loss, safety_loss, score_rows, trend,
+                    training_data, win_rate)
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -245,6 +246,16 @@ def test_held_out_comparisons_share_no_prompt_with_the_others():
     train, test = held_out(pairs)
     prompts = [{pair["prompt"][0]["content"] for pair in part} for part in (train, test)]
     assert not prompts[0] & prompts[1] and 50 <= len(test) <= 150 and len(train) + len(test) == 2000
+
+
+def test_what_is_mixed_in_from_the_rest_holds_no_held_out_prompt_either(tmp_path):
+    for name in ("own", "rest"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({
+            "prompt": [{"role": "user", "content": f"{i}"}], "chosen": "yes", "rejected": "no"}) + "\n" for i in range(400)))
+    settings = parse(Settings, ["--preset", "toy", "--data", str(tmp_path / "own.jsonl"), "--rest", str(tmp_path / "rest.jsonl")])
+    own, mixed_in, tested = training_data(settings)
+    asked = [{pair["prompt"][0]["content"] for pair in part} for part in (own, mixed_in, tested)]
+    assert len(asked[1]) > 300 and len(asked[2]) > 5 and not asked[2] & (asked[0] | asked[1])
 
 
 # ---- batches

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import (PRESETS, ModelConfig, ModelError, Transformer, count_parameters, generate, hf_name, load_hf, load_meta, main, mean_pool_kv_heads,
-                   meta_weights, save_hf)
+from model import (PRESETS, ModelConfig, ModelError, Transformer, count_parameters, generate, hf_name, load_hf, load_meta,
+                   load_weights, main, meta_weights, pool_kv_heads, reader, save_hf)
 from pretrain import InputError, Settings, ablated, parse
 from tokenizer import Tokenizer
 
@@ -31,6 +31,11 @@ def loud(config, seed=0):
         for p in model.parameters():
             p.mul_(6) if p.ndim > 1 else p.uniform_(0.5, 1.5)
     return model
+
+
+def pooled_to(model, n_kv_heads, how="mean"):
+    """The model with fewer key and value heads."""
+    return load_weights(*pool_kv_heads(model.config, reader(model), n_kv_heads, how))
 
 
 def same(a, b):
@@ -271,7 +276,7 @@ def test_llama_cpps_converter_knows_every_name_and_finds_every_setting_that_it_r
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_pooled_heads_are_the_means_of_their_groups(n_kv_heads):
     model = loud(shape("MHA"))
-    pooled = mean_pool_kv_heads(model, n_kv_heads)
+    pooled = pooled_to(model, n_kv_heads)
     weight = model.layers[1].attention.wk.weight
     for group in range(n_kv_heads):
         size = 4 // n_kv_heads
@@ -288,10 +293,10 @@ def test_pooling_equal_heads_changes_no_logit_and_first_takes_the_first():
                 p.view(2, 2, 8, 32)[:, 1] = p.view(2, 2, 8, 32)[:, 0]
     tokens = torch.randint(61, (2, 9))
     for how in ("mean", "first"):
-        torch.testing.assert_close(mean_pool_kv_heads(model, 2, how)(tokens), model(tokens), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(mean_pool_kv_heads(model, 2, "random")(tokens), model(tokens), atol=1e-2)
+        torch.testing.assert_close(pooled_to(model, 2, how)(tokens), model(tokens), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(pooled_to(model, 2, "random")(tokens), model(tokens), atol=1e-2)
     with pytest.raises(ModelError, match="3"):
-        mean_pool_kv_heads(model, 3)
+        pooled_to(model, 3)
 
 
 def run(*command):
@@ -318,7 +323,7 @@ def test_the_command_line_converts_generates_and_trains_on(tmp_path, monkeypatch
     result = run("model.py", "convert", tmp_path / "hf", tmp_path / "gqa", "--to", "ours", "--n_kv_heads", "2")
     assert result.returncode == 0, result.stderr
     model_py(monkeypatch, capsys, "convert", tmp_path / "gqa", tmp_path / "pooled", "--to", "hf", "--dtype", "bf16")
-    assert same(load_hf(tmp_path / "pooled", torch.bfloat16), mean_pool_kv_heads(model, 2).bfloat16())
+    assert same(load_hf(tmp_path / "pooled", torch.bfloat16), pooled_to(model, 2).bfloat16())
 
     prompt = tokenizer.encode("the fox", bos=True, eos=False)
     for folder in ("hf", "gqa"):
