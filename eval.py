@@ -58,7 +58,7 @@ from pretrain import (COLOURS, InputError, Ranks, can_draw, carbon, checkpoints,
                       read_documents, replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world,
                       training_curve, world_of, write_config)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
-                    in_parts, is_number, load_speaker, padded, parents_of, read_pairs, score_rows, sigmoid, whiskers,
+                    in_parts, is_number, load_judge, load_speaker, padded, parents_of, read_pairs, score_rows, sigmoid, whiskers,
                     win_rate)
 from reward import picture as axes_of
 from rlhf import Judges, load_judges, quantile_interval, read_jsonl
@@ -234,7 +234,7 @@ def mmlu(row: dict) -> Item:
     opening = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}.\n\n"
     if "choices" in row:
         return lettered(row["question"], row["choices"], which(row["answer"]), opening)
-    return lettered(row["question"], [row[letter] for letter in "ABCD"], "ABCD".index(row["answer"]), opening)
+    return lettered(row["question"], [row[letter] for letter in "ABCD"], list("ABCD").index(row["answer"]), opening)
 
 
 def mmlu_field(item: Item) -> str:
@@ -1025,13 +1025,15 @@ JUDGES = (("truth", "helpfulness", "safety"), ("reward models", "R_h", "R_s"), (
 def versions(settings: Versions) -> None:
     """Write OUT/versions.json, history.jsonl and pictures; print win rates, true scores, and gains and losses by kind."""
     claim(settings.out, "versions")
+    parents_of([settings.against, *settings.runs, settings.helpfulness, settings.harmlessness,
+                *(settings.general,) * bool(settings.general)])  # models of different tokenizers are refused before the work
     ranks = start(settings)
     world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
     harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     unsafe = toy.unsafe_prompts(world, "test")
     prompts, kinds = harmless + unsafe, np.array([prompt["kind"] for prompt in harmless])
     judges = load_judges(settings.helpfulness, settings.harmlessness, ranks)
-    general = load_model(settings.general, RewardModel)[0].to(ranks.device) if settings.general else None
+    general = load_judge(settings.general, ranks) if settings.general else None
     with locked(settings.out, ranks):
         out = Path(settings.out)
         if ranks.rank == 0:
@@ -1245,9 +1247,9 @@ def judge_by_truth(world: toy.World, axis: str, question: Question) -> tuple[flo
     return float(np.sign(round(first - second, 9))), f"{first:.3f} {second:.3f}"
 
 
-def judge_by_reward(run: str, asked: list[Question], answered_by: list[str], device: torch.device) -> Callable:
+def judge_by_reward(run: str, asked: list[Question], answered_by: list[str], ranks: Ranks) -> Callable:
     """A reward model: the higher raw score wins. Sampled ids are scored as they are if all three models share a tokenizer."""
-    model, tokenizer, _ = load_model(run, RewardModel)
+    tokenizer = Tokenizer(parent_of(run).tokenizer)
     same = all(file_fingerprint(file) == file_fingerprint(tokenizer.path) for file in answered_by)
     rows = []
     for question in asked:
@@ -1255,7 +1257,7 @@ def judge_by_reward(run: str, asked: list[Question], answered_by: list[str], dev
         prompt = tokenizer.encode_dialog(messages, escape=True)[0]
         rows += [prompt + (side["ids"] if same else answer_ids(messages, side["text"], tokenizer))
                  for side in (question.first, question.second)]
-    scores = score_rows(model.to(device), rows).reshape(-1, 2) if rows else []
+    scores = score_rows(load_judge(run, ranks), rows).reshape(-1, 2) if rows else []
     found = {question[:2]: (float(np.sign(first - second)), f"{first:.3f} {second:.3f}")
              for question, (first, second) in zip(asked, scores)}
     return lambda question: found[question[:2]]
@@ -1459,6 +1461,7 @@ def judge(settings: Judge) -> None:
             return [{"a": a, "b": b} for a, b in zip(*said)]
 
         answers = in_parts(out, "answers", len(prompts), settings.batch_size, draw, ranks, settings.resume)
+        speakers.cache_clear()  # a reward model needs their memory
         if ranks.rank > 0:
             return
         asked, found, stopped = pairs_to_judge(prompts, answers, settings), {}, threading.Event()
@@ -1468,7 +1471,7 @@ def judge(settings: Judge) -> None:
             if not settings.resume:
                 file.unlink(missing_ok=True)
             if settings.judge == "reward":
-                verdict_of = judge_by_reward(name, asked, [parent_of(folder).tokenizer for folder in folders], ranks.device)
+                verdict_of = judge_by_reward(name, asked, [parent_of(folder).tokenizer for folder in folders], ranks)
             elif settings.judge == "truth":
                 verdict_of = partial(judge_by_truth, tiny_world(settings.world), settings.axis)
             elif settings.judge == "person":
@@ -2096,7 +2099,8 @@ def contamination(settings: Contamination) -> None:
     samples = index_samples(found)
     longest = longest_matches(samples, tqdm(files, desc="searching", unit=" shards"), settings.chunk)
     seconds, size = time.perf_counter() - began, sum(8 * file.stat().st_size // int(file.suffix[2:]) for file in files)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts in bytes, Linux in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit  # GiB
     print(f"{len(samples.ends):,} samples of {len(samples.tokens):,} tokens, {size:,} training tokens searched in "
           f"{seconds:.1f} s ({size / seconds / 1e6:.1f}M a second), {peak:.2f} GiB of memory at most")
     tables = {}
@@ -2592,7 +2596,8 @@ def effects(runs: dict[str, Run]) -> Iterator[Effect]:
         if (ours := figure(name, file, key)) and (theirs := figure(without, file, key)):
             yield Effect(what, paper, minus(ours, theirs), runs[name])
     surveys = {run.name: [row for row in run.metrics if "true helpfulness" in row] for run in of("sft")}
-    if len(asked := surveys.get("sft", [])) > 1:
+    surveys = {name: rows for name, rows in surveys.items() if len(rows) > 1}  # the first is from before any learning
+    if asked := surveys.get("sft"):
         for key in ("true helpfulness", "refuses the unsafe"):
             yield Effect(f"SFT, against its base model: {key}", "no figure (§3.1, §4.2.2)", minus(asked[-1][key], asked[0][key]),
                          runs["sft"])
@@ -2746,8 +2751,9 @@ def costs(runs: dict[str, Run], seconds: Counter, watts: float) -> list[str]:
     if watts:
         rows = [[*row, f"{row[2] * watts / 3600:.2f}", f"{1e6 * carbon(row[2] / 3600, watts):.2f}"] for row in rows]
     power = f" Wh are seconds × {watts:g} W, and CO2eq follows by the paper's factors, PUE 1.1 and 0.385 kg/kWh." * bool(watts)
-    return ["<p>Seconds from start to end, half of them where two stages ran at once; of a stage that was stopped their sum."
-            f"{power} <span class=note>The paper: 184,320 GPU-hours of 400 W for 7B, 31.22 tCO2eq (Table 2).</span></p>",
+    return ["<p>Seconds from start to end, half of them for a stage of a lane, two of which run at once; of a stage that was "
+            f"stopped their sum.{power} <span class=note>The paper: 184,320 GPU-hours of 400 W for 7B, 31.22 tCO2eq (Table 2)."
+            "</span></p>",
             table(["python", "learned from", "seconds", *["Wh", "g CO2eq"] * bool(watts)], rows)] if seconds else []
 
 

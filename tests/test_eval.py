@@ -159,6 +159,15 @@ def test_a_version_is_compared_with_the_one_that_it_came_from_prompt_by_prompt(t
     assert [effect.sign for effect in found.values()].count(-1) == 1
 
 
+@pytest.mark.parametrize("stopped, shown", [("", ["sft", "sft", "sft-quality"]), ("sft", ["sft-quality"]), ("sft-quality", ["sft", "sft"]),
+                                            ("sft-quantity", ["sft", "sft"])])
+def test_a_run_that_was_stopped_after_its_first_evaluation_has_no_effect_yet(tmp_path, stopped, shown):
+    rows = [{"step": step, "true helpfulness": [0.5] * 3, "refuses the unsafe": [0.5] * 3} for step in (0, 9)]
+    for name in ("sft", "sft-quality", "sft-quantity"):
+        make(tmp_path / name, "sft", {}, metrics_jsonl=rows[: 1 if name == stopped else 2])
+    assert [effect.run.name for effect in effects(read_runs(str(tmp_path))[0])] == shown
+
+
 def test_half_widths_of_a_difference_add_in_squares():
     assert np.allclose(minus((10, 7, 14), (5, 2, 9)), (5, 0, 10))  # 3 and 4 below, 4 and 3 above
 
