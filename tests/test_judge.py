@@ -376,7 +376,7 @@ def test_versions_refuses_a_model_of_another_tokenizer_before_anything_answers(t
     Tokenizer.train([text for text, _ in zip(toy.documents(toy.World(0), "web"), range(400))], str(tmp_path / "strange/tokenizer.model"), 400)
     known = {"against": models / "b", "helpfulness": models / "reward", "harmlessness": models / "reward"} | {place: tmp_path / "strange"}
     with pytest.raises(InputError, match="has another tokenizer than"):
-        versions(Versions((str(models / "a"),), out=str(tmp_path / "out"), **{name: str(folder) for name, folder in known.items()}))
+        versions(Versions(runs=(str(models / "a"),), out=str(tmp_path / "out"), **{name: str(folder) for name, folder in known.items()}))
     assert not (tmp_path / "out").exists()
 
 
