@@ -1119,7 +1119,7 @@ def version_tables(found: dict[str, dict]) -> list[tuple[list[str], list[list[st
 def print_versions(found: dict[str, dict], pooled: dict, n_harmless: int, n_unsafe: int) -> None:
     """The tables of `versions`: each figure with its 95 % interval over prompts."""
     print(f"{n_harmless:,} harmless and {n_unsafe:,} unsafe prompts, greedy answers")
-    for header, rows in version_tables(found)[:3]:
+    for header, rows in version_tables(found)[:3]:  # of the gains by kind, below, only those that are sure
         print_table(header, rows)
     for run, figures in found.items():
         sure = {kind: gain for kind, gain in figures["gain by kind"].items() if gain[1] > 0 or gain[2] < 0}
