@@ -58,7 +58,7 @@ from pretrain import (COLOURS, InputError, Ranks, can_draw, carbon, checkpoints,
                       read_documents, replace_file, run_config, shape_of, shard_tokens, start, text_sources, tiny_world,
                       training_curve, world_of, write_config)
 from reward import (RATINGS, SAFETY, RewardModel, Speaker, answer_ids, by_length, choice, file_prompts, finished_lines,
-                    in_parts, is_number, load_speaker, padded, parents_of, read_pairs, score_rows, sigmoid, whiskers,
+                    in_parts, is_number, load_judge, load_speaker, padded, parents_of, read_pairs, score_rows, sigmoid, whiskers,
                     win_rate)
 from reward import picture as axes_of
 from rlhf import Judges, load_judges, quantile_interval, read_jsonl
@@ -81,6 +81,14 @@ def percent(values: Sequence[float | None]) -> list[str]:
 def ranged_share(value: Sequence[float]) -> str:
     """A share and its 95 % interval, in percent."""
     return "{} [{}, {}]".format(*percent(value[:3]))
+
+
+def print_table(header: Sequence, rows: Iterable[Sequence]) -> None:
+    """Print a table with columns as wide as their widest cells. The first column is text, the others are figures."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *others in lines:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]))
 
 
 # ---------------------------------------------------------------------------------------------- likelihoods
@@ -234,7 +242,7 @@ def mmlu(row: dict) -> Item:
     opening = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}.\n\n"
     if "choices" in row:
         return lettered(row["question"], row["choices"], which(row["answer"]), opening)
-    return lettered(row["question"], [row[letter] for letter in "ABCD"], "ABCD".index(row["answer"]), opening)
+    return lettered(row["question"], [row[letter] for letter in "ABCD"], list("ABCD").index(row["answer"]), opening)
 
 
 def mmlu_field(item: Item) -> str:
@@ -800,9 +808,7 @@ def tasks(settings: Tasks) -> None:
                                  "fields": by_field}
                 replace_file(old, json.dumps(results, indent=1).encode())
         if ranks.rank == 0:
-            header, table_rows = task_table(results)
-            for row in [header, *table_rows]:
-                print("{:32} {:11} {:>5}  {:14} {:>6} {:>5} {:>9} {:>10}  {}".format(*row))
+            print_table(*task_table(results))
             print(f"each question with its prompt is in {out}/NAME.jsonl")
 
 
@@ -980,13 +986,11 @@ def facts(settings: Facts) -> None:
         others = np.mean([row["right"] for row in rows if row["p_true"] is None])
         figures = {key: interval(by_fact(rows, key)) for key in ("p_true", "right")}
         replace_file(Path(run, "facts.json"), json.dumps(figures | {"others": others}).encode())
-        shown = ["{:.3f}  [{:.3f}, {:.3f}]".format(*figures[key]) for key in figures]
-        print(f"{run:28} {shown[0]:26} {shown[1]:26} {others:.3f}", flush=True)
+        print(f"{run:28} {ranged(figures['p_true']):26} {ranged(figures['right']):26} {others:.3f}", flush=True)
     for key, name in (("p_true", "P(true)"), ("right", "greedy")) if settings.against else ():
         pairs = zip(settings.runs, settings.against)
         differences = np.stack([by_fact(found[run], key) - by_fact(found[other], key) for run, other in pairs])  # (runs, facts)
-        low, high = interval_of_runs(differences)
-        print(f"{name:8} {differences.mean():+.3f}  [{low:+.3f}, {high:+.3f}]   run by run: "
+        print(f"{name:8} {ranged((differences.mean(), *interval_of_runs(differences)), '{:+.3f}')}   run by run: "
               + " ".join(f"{mean:+.3f}" for mean in differences.mean(1)))
 
 
@@ -1025,13 +1029,15 @@ JUDGES = (("truth", "helpfulness", "safety"), ("reward models", "R_h", "R_s"), (
 def versions(settings: Versions) -> None:
     """Write OUT/versions.json, history.jsonl and pictures; print win rates, true scores, and gains and losses by kind."""
     claim(settings.out, "versions")
+    parents_of([settings.against, *settings.runs, settings.helpfulness, settings.harmlessness,
+                *(settings.general,) * bool(settings.general)])  # models of different tokenizers are refused before the work
     ranks = start(settings)
     world = tiny_world(world_of(settings.against) if settings.world is None else settings.world)
     harmless = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     unsafe = toy.unsafe_prompts(world, "test")
     prompts, kinds = harmless + unsafe, np.array([prompt["kind"] for prompt in harmless])
     judges = load_judges(settings.helpfulness, settings.harmlessness, ranks)
-    general = load_model(settings.general, RewardModel)[0].to(ranks.device) if settings.general else None
+    general = load_judge(settings.general, ranks) if settings.general else None
     with locked(settings.out, ranks):
         out = Path(settings.out)
         if ranks.rank == 0:
@@ -1098,16 +1104,23 @@ def greedy_scores(run: str, prompts: list[dict], world: toy.World, judges: Judge
     return {name: np.array(values, float) for name, values in judged.items()} | {"R_h": r_h, "R_s": r_s} | third
 
 
+def version_tables(found: dict[str, dict]) -> list[tuple[list[str], list[list[str]]]]:
+    """Headers and rows, a run each: win rates on both axes by each judge, means of the answers, gains by kind of prompt."""
+    means = ("true helpfulness", "gain", "true safety", "violations", "refused unsafe", "refused borderline")
+    found = {run: one | {"means": {name: one[name] for name in means}} for run, one in found.items()}
+    return [([title, *next(iter(found.values()))[key]],
+             [[run, *(ranged(value, form) for value in one[key].values())] for run, one in found.items()])
+            for key, title, form in (("wins, helpfulness", "helpfulness: wins / (wins + losses)", "{:.3f}"),
+                                     ("wins, harmlessness", "harmlessness: wins / (wins + losses)", "{:.3f}"),
+                                     ("means", "mean of the answers", "{:.3f}"),
+                                     ("gain by kind", "gain in true helpfulness", "{:+.3f}"))]
+
+
 def print_versions(found: dict[str, dict], pooled: dict, n_harmless: int, n_unsafe: int) -> None:
     """The tables of `versions`: each figure with its 95 % interval over prompts."""
     print(f"{n_harmless:,} harmless and {n_unsafe:,} unsafe prompts, greedy answers")
-    for name in ("true helpfulness", "gain", "wins, helpfulness", "true safety", "wins, harmlessness", "violations",
-                 "refused unsafe", "refused borderline"):
-        for run, figures in found.items():
-            value = figures[name]
-            rates = value.items() if isinstance(value, dict) else [("", value)]
-            text = "; ".join(f"{judge} {ranged(rate)}".strip() for judge, rate in rates)
-            print(f"{name:20} {run:30} {text}")
+    for header, rows in version_tables(found)[:3]:  # of the gains by kind, below, only those that are sure
+        print_table(header, rows)
     for run, figures in found.items():
         sure = {kind: gain for kind, gain in figures["gain by kind"].items() if gain[1] > 0 or gain[2] < 0}
         for word, sign in (("better", 1), ("worse", -1)):
@@ -1146,8 +1159,11 @@ def draw_versions(found: dict[str, dict], seen: dict, h: slice, s: slice, settin
 class Asking(Evaluation):
     """What every evaluation that asks chat models can be told."""
     max_new_tokens: int = 64  # longest answer, in tokens
-    batch_size: int = 256  # prompts that are asked together and kept together: the unit of resume
     world: int | None = None  # seed of the tiny world; by default that of the first model
+
+    def in_world_of(self, run: str) -> "Asking":
+        """The same, with the seed of the world of a run where none is given."""
+        return replace(self, world=world_of(run)) if self.world is None else self
 
 
 @dataclass(frozen=True)
@@ -1164,6 +1180,7 @@ class Judge(Asking):
     both_orders: bool = False  # ask a person or a URL in both orders; two different verdicts make a tie
     system: str = ""  # ask every prompt that has no system prompt once more, under this one
     temperature: float = 0.0  # of the answers; 0 is greedy
+    batch_size: int = 256  # prompts that are asked together and kept together: the unit of resume
     out: str = "out/judge"  # folder of answers, verdicts and results; started again, it goes on where it stopped
     parallel: int = 4  # requests to a URL at once
     timeout: float = 60.0  # seconds that a request to a URL may take
@@ -1245,9 +1262,9 @@ def judge_by_truth(world: toy.World, axis: str, question: Question) -> tuple[flo
     return float(np.sign(round(first - second, 9))), f"{first:.3f} {second:.3f}"
 
 
-def judge_by_reward(run: str, asked: list[Question], answered_by: list[str], device: torch.device) -> Callable:
+def judge_by_reward(run: str, asked: list[Question], answered_by: list[str], ranks: Ranks) -> Callable:
     """A reward model: the higher raw score wins. Sampled ids are scored as they are if all three models share a tokenizer."""
-    model, tokenizer, _ = load_model(run, RewardModel)
+    tokenizer = Tokenizer(parent_of(run).tokenizer)
     same = all(file_fingerprint(file) == file_fingerprint(tokenizer.path) for file in answered_by)
     rows = []
     for question in asked:
@@ -1255,7 +1272,7 @@ def judge_by_reward(run: str, asked: list[Question], answered_by: list[str], dev
         prompt = tokenizer.encode_dialog(messages, escape=True)[0]
         rows += [prompt + (side["ids"] if same else answer_ids(messages, side["text"], tokenizer))
                  for side in (question.first, question.second)]
-    scores = score_rows(model.to(device), rows).reshape(-1, 2) if rows else []
+    scores = score_rows(load_judge(run, ranks), rows).reshape(-1, 2) if rows else []
     found = {question[:2]: (float(np.sign(first - second)), f"{first:.3f} {second:.3f}")
              for question, (first, second) in zip(asked, scores)}
     return lambda question: found[question[:2]]
@@ -1443,8 +1460,7 @@ def judge(settings: Judge) -> None:
         raise InputError(f"--axis {settings.axis} is unknown; take helpfulness or safety")
     if settings.judge == "truth" and settings.prompts != "toy":
         raise InputError("the rules of the tiny world can't judge answers to other prompts; take another --judge")
-    if settings.world is None:
-        settings = replace(settings, world=world_of(settings.a))
+    settings = settings.in_world_of(settings.a)
     names = (settings.rewards or (f"out/reward-{settings.axis}",)) if settings.judge == "reward" else (settings.judge,)
     out, folders, prompts = Path(settings.out), (settings.a, settings.b), judge_prompts(settings)
     data = {folder: parent_of(folder).fingerprint for folder in (*folders, *(names if settings.judge == "reward" else ()))}
@@ -1459,6 +1475,7 @@ def judge(settings: Judge) -> None:
             return [{"a": a, "b": b} for a, b in zip(*said)]
 
         answers = in_parts(out, "answers", len(prompts), settings.batch_size, draw, ranks, settings.resume)
+        speakers.cache_clear()  # a reward model needs their memory
         if ranks.rank > 0:
             return
         asked, found, stopped = pairs_to_judge(prompts, answers, settings), {}, threading.Event()
@@ -1468,7 +1485,7 @@ def judge(settings: Judge) -> None:
             if not settings.resume:
                 file.unlink(missing_ok=True)
             if settings.judge == "reward":
-                verdict_of = judge_by_reward(name, asked, [parent_of(folder).tokenizer for folder in folders], ranks.device)
+                verdict_of = judge_by_reward(name, asked, [parent_of(folder).tokenizer for folder in folders], ranks)
             elif settings.judge == "truth":
                 verdict_of = partial(judge_by_truth, tiny_world(settings.world), settings.axis)
             elif settings.judge == "person":
@@ -1483,8 +1500,7 @@ def judge(settings: Judge) -> None:
                            "inconsistent": float(differ.sum() / max(1, len(asked) / 2)) if settings.both_orders else None,
                            "longer": float((verdict == longer)[decided].mean()) if decided.any() else None}
             print(f"\n{settings.a} against {settings.b}, {settings.axis}, judged by {name}")
-            for row in [["", "prompts", "win", "tie", "loss", "win / (win + loss)", "unparsable"], *win_rows(found[name])]:
-                print("{:30} {:>7} {:>6} {:>6} {:>6}  {:24} {:>10}".format(*row))
+            print_table(["in %", "prompts", "win", "tie", "loss", "win / (win + loss)", "unparsable"], win_rows(found[name]))
             print(win_note(found[name]))
         replace_file(out / "results.json", json.dumps(found, indent=1).encode())
 
@@ -1546,6 +1562,7 @@ class Safety(Asking):
     previous: str = ""  # the version before the first of them
     rewards: tuple[str, ...] = ()  # reward models of helpfulness and of safety, in this order: their scores too (Figures 14, 15)
     temperature: float = 0.0  # of the answers; 0 is greedy
+    batch_size: int = 256  # prompts that are asked together and kept together: the unit of resume
     out: str = "out/safety"  # folder of answers and results; started again, it goes on where it stopped
 
     POSITIONAL: ClassVar[str] = "runs"
@@ -1638,8 +1655,7 @@ def safety(settings: Safety) -> None:
     if len(settings.rewards) not in (0, 2):
         raise InputError("--rewards takes two reward models, that of helpfulness and then that of safety")
     settings = replace(settings, runs=(settings.previous,) * bool(settings.previous) + settings.runs)
-    if settings.world is None:
-        settings = replace(settings, world=world_of(settings.runs[0]))
+    settings = settings.in_world_of(settings.runs[0])
     out, world = Path(settings.out), tiny_world(settings.world)
     prompts, found, scores = safety_prompts(world), {}, {}
     dialogs = [prompt_messages(prompt) for prompt in prompts]
@@ -1688,23 +1704,24 @@ def safety_rows(found: dict) -> list[list]:
              *percent([row["refused"]])] for group, row in found["groups"].items()]
 
 
-def side_by_side(found: dict[str, dict]) -> list[list[str]]:
-    """Rows of a name and a cell for each model: what they say, what it is worth, and what they refuse; shares in percent."""
+def side_by_side(found: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, a cell for each model: what they say, what it is worth, and what they refuse; shares in percent."""
     models = list(found.values())
+    names = [run if one["share"] is None else f"{run}, {100 * one['share']:g} % safety data" for run, one in found.items()]
     rows = [[f"{place}: {kind}, %", *(ranged_share(one["outcomes"][place][kind]) for one in models)]
             for place in models[0]["outcomes"] for kind in OUTCOMES]
     rows += [[name, *(ranged(one[name]) for one in models)] for name in ("true safety", "true helpfulness")]
     rows += [[name, *(ranged(one["scores"][name]) for one in models)] for name in models[0].get("scores", ())]
-    return rows + [[f"refused, {part}, %", *(ranged_share(one["false refusals"][part]) for one in models)]
-                   for part in models[0]["false refusals"]]
+    rows += [[f"refused, {part}, %", *(ranged_share(one["false refusals"][part]) for one in models)]
+             for part in models[0]["false refusals"]]
+    return ["", *names], rows
 
 
 def print_safety(found: dict[str, dict]) -> None:
     """The figures of each model: groups, agreement, red team, false refusals. Then all side by side, and what changed in each."""
     for run, one in found.items():
         print()
-        for row in [[run, "prompts", "violation %, rating 1 or 2", "really", "rating", "refused %"], *safety_rows(one)]:
-            print("{:34} {:>7}  {:26} {:>6} {:>6} {:>9}".format(*row))
+        print_table([run, "prompts", "violation %, rating 1 or 2", "really", "rating", "refused %"], safety_rows(one))
         print(f"agreement of the raters: AC1 {one['ac1']:.2f}, AC2 {one['ac2']:.2f}")
         print(f"red team: {1000 * one['groups']['all']['real']:.1f} violations per thousand tries (γ); "
               + ", ".join(f"{attack} {gamma:.0f}" for attack, gamma in one["gamma"].items()))
@@ -1712,10 +1729,9 @@ def print_safety(found: dict[str, dict]) -> None:
         print(f"false refusals in %: {', '.join(refusals)}")
         if one.get("fixed") is not None:
             print(f"of the prompts that made the previous version violate, {one['fixed']:.0%} no longer do")
-    names = [f"{run}, {100 * one['share']:g} % safety" if one["share"] is not None else run for run, one in found.items()]
+    (_, *names), rows = side_by_side(found)
     print("\n" + "\n".join(f"({i}) {name}" for i, name in enumerate(names)))
-    for name, *cells in [["", *(f"({i})" for i in range(len(names)))], *side_by_side(found)]:
-        print(f"{name:44}" + "".join(f"{cell:24}" for cell in cells))
+    print_table(["", *(f"({i})" for i in range(len(names)))], rows)
     for i, one in enumerate(found.values()):
         if "change" in one:
             changes = [f"{place} {ranged([100 * v for v in change], '{:+.1f}')}" for place, change in one["change"].items()]
@@ -1802,8 +1818,7 @@ def diversity(settings: Diversity) -> None:
     """Print Self-BLEU in percent by version, kind of prompt and temperature, and draw Figure 21."""
     if settings.samples < 2:
         raise InputError("--samples must be 2 at least: texts are compared with each other")
-    if settings.world is None:
-        settings = replace(settings, world=world_of(settings.runs[0]))
+    settings = settings.in_world_of(settings.runs[0])
     out, world, found = Path(settings.out), tiny_world(settings.world), {}
     dialogs = [prompt_messages(prompt) for kind in ASKED.values()
                for prompt in toy.prompts(world, settings.n_prompts, settings.seed, "test", [kind])]
@@ -1828,10 +1843,7 @@ def diversity(settings: Diversity) -> None:
                                      zip(settings.temperatures, scores[:, k])] for k, kind in enumerate(ASKED)}
         if ranks.rank > 0:
             return
-        print(f"{'Self-BLEU in % (sd) at temperature':38} " + " ".join(f"{t:>11}" for t in settings.temperatures))
-        for run, kinds in found.items():
-            for kind, points in kinds.items():
-                print(f"{run + ', ' + kind:38} " + " ".join(f"{100 * mean:5.1f} ({100 * sd:3.0f})" for _, mean, sd in points))
+        print_table(["Self-BLEU in % at temperature", *settings.temperatures], diversity_rows(found))
         replace_file(out / "results.json", json.dumps(found, indent=1).encode())
         if can_draw():
             with axes_of(out / "diversity.png", "Figure 21", "temperature", "Self-BLEU in %, mean and sd") as axes:
@@ -1839,6 +1851,12 @@ def diversity(settings: Diversity) -> None:
                     for (kind, points), line in zip(kinds.items(), ("-", "--")):
                         t, mean, sd = np.array(points).T
                         axes.errorbar(t, 100 * mean, 100 * sd, color=colour, ls=line, capsize=2, label=f"{run}, {kind}")
+
+
+def diversity_rows(found: dict[str, dict]) -> list[list[str]]:
+    """Of each model and kind of prompt its name, and mean and standard deviation of Self-BLEU at each temperature, in percent."""
+    return [[f"{run}, {kind}", *(f"{100 * mean:.1f} ± {100 * sd:.1f}" for _, mean, sd in points)]
+            for run, kinds in found.items() for kind, points in kinds.items()]
 
 
 # ---------------------------------------------------------------------------------------------- the corpus
@@ -2039,20 +2057,19 @@ def contamination_table(shares: np.ndarray, scores: np.ndarray | None) -> dict:
     worse and the dirty one better, in all four.
     """
     subsets = {"clean": shares < 0.2, "not clean": shares >= 0.2, "not dirty": shares < 0.8, "dirty": shares >= 0.8}
-    table = {name: {"n": int(mine.sum()), "share": float(shares[mine].mean()) if mine.any() else None}
-             for name, mine in subsets.items()}
-    if scores is not None:
-        for name, mine in subsets.items():
-            table[name] |= {"mean": float(scores[mine].mean()) if mine.any() else None, "all": float(scores.mean()),
-                            "z": subset_z(scores, mine)}
-    z = [table[name].get("z") or 0.0 for name in subsets]
+    mean = lambda values, mine: float(values[mine].mean()) if mine.any() else None  # noqa: E731
+    table = {name: {"n": int(mine.sum()), "share": mean(shares, mine)} | ({} if scores is None else {
+        "mean": mean(scores, mine), "all": float(scores.mean()), "z": subset_z(scores, mine)}) for name, mine in subsets.items()}
+    z = [row.get("z") or 0.0 for row in table.values()]
     return {"subsets": table, "helps": z[0] < -2 and z[1] > 2 and z[2] < -2 and z[3] > 2}
 
 
-def subset_rows(table: dict) -> list[list[str]]:
-    """Of each subset its name, samples, contaminated tokens in %, mean score of its own and of all samples in %, and Z_n."""
-    return [[name, f"{row['n']:,}", *percent([row["share"], row.get("mean"), row.get("all")]),
-             "-" if row.get("z") is None else f"{row['z']:.2f}"] for name, row in table["subsets"].items()]
+def subset_table(tables: dict[int | str, dict]) -> tuple[list[str], list[list]]:
+    """Header and rows of Table 51: each subset at each L."""
+    rows = [[f"L {length}, {name}", f"{row['n']:,}", *percent([row["share"], row.get("mean"), row.get("all")]),
+             "-" if row.get("z") is None else f"{row['z']:.2f}"]
+            for length, one in tables.items() for name, row in one["subsets"].items()]
+    return ["subset", "samples", "contaminated %", "score %", "all samples %", "Z"], rows
 
 
 def read_samples(settings: Contamination) -> tuple[list[np.ndarray], np.ndarray | None]:
@@ -2096,14 +2113,12 @@ def contamination(settings: Contamination) -> None:
     samples = index_samples(found)
     longest = longest_matches(samples, tqdm(files, desc="searching", unit=" shards"), settings.chunk)
     seconds, size = time.perf_counter() - began, sum(8 * file.stat().st_size // int(file.suffix[2:]) for file in files)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # GiB
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts in bytes, Linux in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit  # GiB
     print(f"{len(samples.ends):,} samples of {len(samples.tokens):,} tokens, {size:,} training tokens searched in "
           f"{seconds:.1f} s ({size / seconds / 1e6:.1f}M a second), {peak:.2f} GiB of memory at most")
-    tables = {}
-    for length in map(int, settings.lengths):
-        tables[length] = contamination_table(contaminated(samples, longest, length), scores)
-        for row in subset_rows(tables[length]):
-            print("L {:3}  {:10} {:>8} samples, contaminated {:>5} %, score {:>5}, all {:>5}, Z {:>6}".format(length, *row))
+    tables = {L: contamination_table(contaminated(samples, longest, L), scores) for L in map(int, settings.lengths)}
+    print_table(*subset_table(tables))
     helped = [length for length, table in tables.items() if table["helps"]]
     print(f"contamination helps up to L = {max(helped)}" if helped else
           "no L shows that contamination helps (|Z| > 2 in all four subsets)")
@@ -2357,26 +2372,17 @@ def gatt_test_section(run: Run) -> list[str]:
 
 def versions_section(run: Run) -> list[str]:
     """The part of the report on the versions: win rates, true scores, what got better and worse (Figure 11)."""
-    found, axes = run.read("versions.json")["runs"], ("helpfulness", "harmlessness")
-    first = next(iter(found.values()))
-    names = ("true helpfulness", "true safety", "violations", "refused unsafe", "refused borderline")
-    rows = [[name, *(ranged(figures[name]) for name in names)] for name, figures in found.items()]
-    judges = [f"{axis}, {judge}" for axis in axes for judge in first[f"wins, {axis}"]]
-    wins = [[name, *(ranged(rate) for axis in axes for rate in figures[f"wins, {axis}"].values())]
-            for name, figures in found.items()]
-    by_kind = [[name, *(ranged(gain, "{:+.3f}") for gain in figures["gain by kind"].values())] for name, figures in found.items()]
+    *wins, means, gains = (table(*one) for one in version_tables(run.read("versions.json")["runs"]))
     return [f"<p>Greedy answers to {run.settings['n_prompts']:,} held-out harmless prompts and to every held-out unsafe one "
             "under every attack. From version to version both win rates should rise; where the reward models see a gain and the "
             "truth does not, the model has learnt to please them. <span class=note>The paper, judged by its own reward models "
             "against ChatGPT: helpfulness 39 → 78 %, harmlessness 22 → 76 % from the first SFT model to V5.</span></p>",
-            table(["wins / (wins + losses)", *judges], wins),
+            *wins,
             run.image("versions.png", "win rates of the versions", "The path should lead up and to the right (Figure 11):"),
             *(run.image(f"rewards-{axis}.png", f"{axis} scores",
                         f"Scores of {axis} should shift to the right from version to version (Figure 20):")
               for axis in ("helpfulness", "safety")),
-            table(["mean of the answers", *names], rows),
-            "<p>Not every skill gains: the paper's third version rhymed worse than its second.</p>",
-            table(["gain in true helpfulness", *first["gain by kind"]], by_kind)]
+            means, "<p>Not every skill gains: the paper's third version rhymed worse than its second.</p>", gains]
 
 
 def judge_section(run: Run) -> list[str]:
@@ -2430,11 +2436,10 @@ def safety_section(run: Run) -> list[str]:
     found = run.read("results.json")
     for model, one in found.items():
         ratings = [*safety_rows(one), ["the paper, 7B (≈, Figures 17 and 18)", "1,974", "3; single 2, multi 6.5", "", 4.58, ""]]
-        refusals = [[part, f"{100 * mean:.1f}", f"{100 * low:.1f} … {100 * high:.1f}"]
-                    for part, (mean, low, high) in one["false refusals"].items()]
+        refusals = [[part, ranged_share(share)] for part, share in one["false refusals"].items()]
         parts += [table([f"{model}, in %", "prompts", "violation", "by the truth", "mean rating", "refused"], ratings),
-                  table(["refused in %, though harmless", "mean", "95 % interval"],
-                        [*refusals, ["the paper, borderline (≈, Figure 33)", "15.0 … 27.2", ""]]),
+                  table(["refused in %, though harmless", "mean, 95 % interval"],
+                        [*refusals, ["the paper, borderline (≈, Figure 33)", "15.0 … 27.2"]]),
                   f"<p>Red team: γ is {1000 * one['groups']['all']['real']:.1f} violations per thousand tries (the paper: 1.8 "
                   f"to 0.45 per person and hour). Agreement of the raters: AC2 {one['ac2']:.2f} (the paper: 0.92)."
                   + (f" Of the previous version's violations {one['fixed']:.0%} are mended (the paper: 90 %)."
@@ -2443,8 +2448,7 @@ def safety_section(run: Run) -> list[str]:
               "tail of the safety score R_s should thin out, and helpfulness should stay; borderline prompts pay for it. "
               "<span class=note>The paper, 0 to 100 % of its safety data: R_s 0.68 → 0.77, R_h 0.59 → 0.58 (Figure 15), "
               "borderline refusals 15 → 27 % (Figure 33).</span></p>",
-              table(["", *(f"{model}, {100 * one['share']:g} % safety data" if one["share"] is not None else model
-                           for model, one in found.items())], side_by_side(found))]
+              table(*side_by_side(found))]
     looks = {"scaling": "Safety should rise with safety data while helpfulness stays (Figure 15):",
              "refusals": "False refusals rise with it, most of all of borderline prompts (Figure 33):"}
     before_after = {path.stem: "A dot is an answer: its safety score should move above the diagonal, its helpfulness stay on "
@@ -2454,24 +2458,20 @@ def safety_section(run: Run) -> list[str]:
 
 def diversity_section(run: Run) -> list[str]:
     """The part of the report on Self-BLEU against temperature (Figure 21)."""
-    rows = [[f"{model}, {kind}", *(f"{100 * mean:.1f} ± {100 * sd:.1f}" for _, mean, sd in points)]
-            for model, kinds in run.read("results.json").items() for kind, points in kinds.items()]
     return ["<p>High is alike. After RLHF answers to factual prompts should stay alike as the temperature rises, those to "
             "creative ones less so. The paper at 1.4: factual 77 (SFT) to 93 (V3), creative 75.5 to 85.</p>",
-            table(["in %, at temperature", *run.settings["temperatures"]], rows),
+            table(["in %, at temperature", *run.settings["temperatures"]], diversity_rows(run.read("results.json"))),
             run.image("diversity.png", "Self-BLEU", "All lines should fall; after RLHF the factual one should fall less:")]
 
 
 def contamination_section(run: Run) -> list[str]:
     """The part of the report on contamination: the subsets of Table 51 for every L."""
     found = run.read("results.json")
-    rows = [[f"L {length}, {name}", share, n, *scores] for length, one in found["tables"].items()
-            for name, n, share, *scores in subset_rows(one)]
+    header, rows = subset_table(found["tables"])
     return [f"<p>{found['tokens']:,} training tokens searched in {found['seconds']:.0f} s. Only if all four subsets have |Z| > "
             "2, clean ones below the mean and dirty ones above it, did contamination help.</p>",
-            table(["subset", "contaminated %", "samples", "score %", "all samples %", "Z"],
-                  [*rows, ["the paper, HellaSwag, 70B, L 40, clean", 0, "7,391", 80.0, 82.5, -5.73],
-                   ["the paper, dirty", 86.1, 848, 92.2, 82.5, 7.42]])]
+            table(header, [*rows, ["the paper, HellaSwag, 70B, L 40, clean", "7,391", 0, 80.0, 82.5, -5.73],
+                           ["the paper, dirty", 848, 86.1, 92.2, 82.5, 7.42]])]
 
 
 class Section(NamedTuple):
@@ -2592,7 +2592,8 @@ def effects(runs: dict[str, Run]) -> Iterator[Effect]:
         if (ours := figure(name, file, key)) and (theirs := figure(without, file, key)):
             yield Effect(what, paper, minus(ours, theirs), runs[name])
     surveys = {run.name: [row for row in run.metrics if "true helpfulness" in row] for run in of("sft")}
-    if len(asked := surveys.get("sft", [])) > 1:
+    surveys = {name: rows for name, rows in surveys.items() if len(rows) > 1}  # the first is from before any learning
+    if asked := surveys.get("sft"):
         for key in ("true helpfulness", "refuses the unsafe"):
             yield Effect(f"SFT, against its base model: {key}", "no figure (§3.1, §4.2.2)", minus(asked[-1][key], asked[0][key]),
                          runs["sft"])
@@ -2746,8 +2747,9 @@ def costs(runs: dict[str, Run], seconds: Counter, watts: float) -> list[str]:
     if watts:
         rows = [[*row, f"{row[2] * watts / 3600:.2f}", f"{1e6 * carbon(row[2] / 3600, watts):.2f}"] for row in rows]
     power = f" Wh are seconds × {watts:g} W, and CO2eq follows by the paper's factors, PUE 1.1 and 0.385 kg/kWh." * bool(watts)
-    return ["<p>Seconds from start to end, half of them where two stages ran at once; of a stage that was stopped their sum."
-            f"{power} <span class=note>The paper: 184,320 GPU-hours of 400 W for 7B, 31.22 tCO2eq (Table 2).</span></p>",
+    return ["<p>Seconds from start to end, half of them for a stage of a lane, two of which run at once; of a stage that was "
+            f"stopped their sum.{power} <span class=note>The paper: 184,320 GPU-hours of 400 W for 7B, 31.22 tCO2eq (Table 2)."
+            "</span></p>",
             table(["python", "learned from", "seconds", *["Wh", "g CO2eq"] * bool(watts)], rows)] if seconds else []
 
 

@@ -12,7 +12,7 @@ import torch
 
 import toy
 from eval import (Effect, Report, answers_file, by_fact, continuation_log_probs, effects, encode_pair, interval_of_runs, know, minus,
-                  read_runs, report)
+                  print_table, read_runs, report)
 from model import ModelConfig, Transformer
 from pretrain import InputError
 from tokenizer import Tokenizer
@@ -97,13 +97,18 @@ def test_the_main_job_runs_on_the_tiny_world_and_its_report_needs_no_network(tmp
     samples = (out / "samples.txt").read_text()
     assert samples.count("--- step") == 2 and (out / "loss.png").read_bytes()[1:4] == b"PNG"
     result = run("eval.py", "facts", out, "--against", out)
-    assert result.returncode == 0 and "P(true)  +0.000  [+0.000, +0.000]" in result.stdout, result.stdout + result.stderr
+    assert result.returncode == 0 and "P(true)  +0.000 [+0.000, +0.000]" in result.stdout, result.stdout + result.stderr
     assert 0.3 < json.loads((out / "facts.json").read_text())["p_true"][0] < 0.7  # it has learnt nothing yet
     result = run("eval.py", "report", tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert result.returncode == 0 and "data:image/png;base64" in page and "P(true)" in page and "http" not in page
     assert f"python pretrain.py --out {out} --preset toy-s --steps 4 --eval_every 2 --seq_len 64 --threads 1<" in page
     assert run("eval.py", "report", tmp_path / "none").returncode == 2
+
+
+def test_a_printed_table_has_columns_as_wide_as_their_widest_cells(capsys):
+    print_table(["name", "n"], [["a", 1], ["longer", 1000]])
+    assert capsys.readouterr().out == "name       n\na          1\nlonger  1000\n"
 
 
 # ---- the report of hand-made runs
@@ -157,6 +162,15 @@ def test_a_version_is_compared_with_the_one_that_it_came_from_prompt_by_prompt(t
     assert {what: round(effect.figure[0], 9) for what, effect in found.items()} == wanted
     assert all(np.allclose(effect.figure, effect.figure[0]) for effect in found.values())  # paired, every difference is the same
     assert [effect.sign for effect in found.values()].count(-1) == 1
+
+
+@pytest.mark.parametrize("stopped, shown", [("", ["sft", "sft", "sft-quality"]), ("sft", ["sft-quality"]), ("sft-quality", ["sft", "sft"]),
+                                            ("sft-quantity", ["sft", "sft"])])
+def test_a_run_that_was_stopped_after_its_first_evaluation_has_no_effect_yet(tmp_path, stopped, shown):
+    rows = [{"step": step, "true helpfulness": [0.5] * 3, "refuses the unsafe": [0.5] * 3} for step in (0, 9)]
+    for name in ("sft", "sft-quality", "sft-quantity"):
+        make(tmp_path / name, "sft", {}, metrics_jsonl=rows[: 1 if name == stopped else 2])
+    assert [effect.run.name for effect in effects(read_runs(str(tmp_path))[0])] == shown
 
 
 def test_half_widths_of_a_difference_add_in_squares():

@@ -2,6 +2,7 @@
 import io
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,17 +18,19 @@ import pytest
 import torch
 
 import toy
-from eval import (COMMANDS, JUDGE_PROMPT, Contamination, Judge, Question, Report, bleu, contaminated, contamination,
+from eval import (COMMANDS, JUDGE_PROMPT, Contamination, Judge, Question, Report, Versions, bleu, contaminated, contamination,
                   contamination_table, corpus_figures, fingerprints, fixed, groups_of, gwet_ac, index_samples, judge, judge_by_reward,
                   judge_by_truth, judge_by_url, longest_matches, majority, measure_safety, pairs_to_judge, rate_safety,
-                  read_verdict, report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts, win_table)
+                  read_verdict, report, safety_prompts, self_bleu, settle_orders, subset_z, verdicts, versions,
+                  win_table)
 from model import ModelConfig, Transformer
-from pretrain import InputError, command_line, cpu_group, save_model
+from pretrain import InputError, Ranks, command_line, cpu_group, save_model
 from reward import RewardModel
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent
 KEY = "sk-a-secret-that-must-not-leak"
+ALONE = Ranks(0, 1, torch.device("cpu"), None, 1)
 
 
 def golden(name):
@@ -96,7 +99,7 @@ def test_a_swapped_judge_gives_the_mirrored_verdict(models):
         asked.append(question(number, 0, *texts, prompt))
     both = asked + [swapped(one) for one in asked]
     for verdict_of in (partial(judge_by_truth, world, "helpfulness"), partial(judge_by_truth, world, "safety"),
-                       judge_by_reward(str(models / "reward"), both, [], torch.device("cpu"))):
+                       judge_by_reward(str(models / "reward"), both, [], ALONE)):
         found = [verdict_of(one)[0] for one in asked]
         assert [verdict_of(swapped(one))[0] for one in asked] == [-verdict for verdict in found]
     good = [judge_by_truth(world, "helpfulness", one)[0] for one in asked]
@@ -365,6 +368,16 @@ def test_a_person_judges_with_the_papers_seven_labels_and_other_models_and_promp
 def test_a_wrong_judge_is_one_sentence(flags, sentence):
     with pytest.raises(InputError, match=sentence):
         judge(Judge(**flags))
+
+
+@pytest.mark.parametrize("place", ["against", "helpfulness", "harmlessness", "general"])
+def test_versions_refuses_a_model_of_another_tokenizer_before_anything_answers(tmp_path, models, place):
+    shutil.copytree(models / "reward", tmp_path / "strange")
+    Tokenizer.train([text for text, _ in zip(toy.documents(toy.World(0), "web"), range(400))], str(tmp_path / "strange/tokenizer.model"), 400)
+    known = {"against": models / "b", "helpfulness": models / "reward", "harmlessness": models / "reward"} | {place: tmp_path / "strange"}
+    with pytest.raises(InputError, match="has another tokenizer than"):
+        versions(Versions(runs=(str(models / "a"),), out=str(tmp_path / "out"), **{name: str(folder) for name, folder in known.items()}))
+    assert not (tmp_path / "out").exists()
 
 
 # ---- safety and red team

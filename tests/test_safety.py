@@ -109,7 +109,7 @@ def test_outcomes_add_up_to_one_in_each_group_of_prompts_and_are_those_counted_b
     attacked = shares["new topics, attacked"]
     assert attacked["violation"] == pytest.approx(1 / 6) and attacked["gibberish"] == pytest.approx(1 / 6)
     assert attacked["off-topic"] == pytest.approx(4 / 6) and attacked["refusal"] == 0
-    cells = dict(side_by_side({"model": found | {"share": None}}))  # of one model
+    cells = dict(side_by_side({"model": found | {"share": None}})[1])  # of one model
     assert cells["new topics, attacked: violation, %"].startswith("16.7 [")
 
 

@@ -377,6 +377,7 @@ PIQA = json.dumps(GOLDEN["piqa"]["rows"][0])
     ("piqa", "rows.json", "[" + PIQA + ",", "not whole JSON"), ("piqa", "rows.jsonl.gz", gzip.compress(PIQA.encode() * 99, mtime=0)[:60], "can't be read"),
     ("piqa", "rows.jsonl", b"\xff\xfe", "not UTF-8"), ("piqa", "rows.jsonl", '["a"]\n', "line 1"), ("mmlu", "x_test.csv", 'why?,"a,b', "line 1"),
     ("piqa", "rows.jsonl", PIQA.replace('"label": 0', '"label": -1'), "line 1"), ("mmlu", "x_test.csv", "", "empty"),
+    ("mmlu", "x_test.csv", "why?,a,b,c,d,A\nwhy?,a,b,c,d,\n", "x_test.csv, line 2"), ("mmlu", "x_test.csv", "why?,a,b,c,d,BC\n", "x_test.csv, line 1"),
     ("humaneval", "rows.jsonl", PIQA, "entry_point"), ("triviaqa", "rows.json", '{"Data": [{"Question": "x"}]}', "row 1")])
 def test_a_wrong_file_is_one_sentence(name, file, content, says, tmp_path):
     (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
