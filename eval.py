@@ -1233,7 +1233,8 @@ def judge_prompts(settings: Judge) -> list[dict]:
     """The prompts of --prompts, and those that have no system prompt once more under --system."""
     world = tiny_world(settings.world)
     if settings.prompts != "toy":
-        found = file_prompts(settings.prompts, settings.a)
+        for parent in map(parent_of, (settings.a, settings.b)):  # both can read them
+            found = file_prompts(settings.prompts, Tokenizer(parent.tokenizer), parent.config.max_seq_len - 1)
     elif settings.axis == "helpfulness":
         found = toy.prompts(world, settings.n_prompts, settings.seed, "test")
     else:

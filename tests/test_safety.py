@@ -27,7 +27,7 @@ CONFIG = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_hidden=48,
 
 def test_only_unsafe_prompts_of_training_are_distilled_and_none_of_them_is_under_the_attack_that_training_never_sees():
     world = toy.World(0)
-    prompts = prompts_to_distill(Distill(world=0))
+    prompts = prompts_to_distill(Distill(world=0), None, 0)
     assert len(prompts) == len({prompt["id"] for prompt in prompts}) == 400
     held_out = {topic for topic, in world.slots["unsafe"]["test"]}
     assert all(prompt["unsafe"] and prompt["slots"][0] not in held_out for prompt in prompts)
@@ -214,7 +214,9 @@ def test_if_nothing_passes_the_gate_or_nothing_is_unsafe_one_sentence_says_so(mo
     helpful = models / "helpful.jsonl"
     helpful.write_text('{"prompt": "Hello?"}\n{"prompt": "Who are you?", "unsafe": false}\n')
     with pytest.raises(InputError, match='helpful.jsonl: no prompt is tagged "unsafe": true'):
-        prompts_to_distill(Distill(init=str(models / "sft"), prompts=str(helpful)))
+        prompts_to_distill(Distill(prompts=str(helpful)), Tokenizer(str(models / "tokenizer.model")), 10**6)
+    with pytest.raises(InputError, match=r"helpful.jsonl, line 1: the prompt has \d+ tokens, which leaves no room"):  # with its preprompt
+        prompts_to_distill(Distill(prompts=str(helpful)), Tokenizer(str(models / "tokenizer.model")), 20)
     with pytest.raises(InputError, match="--sample_batch must be a number above 0"):
         parse(Distill, ["--init", str(models / "sft"), "--sample_batch", "0"])
     with pytest.raises(InputError, match="--rewards takes two reward models"):
