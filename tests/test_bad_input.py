@@ -378,7 +378,7 @@ GOOD = {  # flags that a command needs before it meets the bad one
     "rlhf.py": "--init {base}/run --policy {base}/run --helpfulness {base}/judge --harmlessness {base}/judge --threshold 0.1",
     "rlhf.py ppo": "--init {base}/run --helpfulness {base}/judge --harmlessness {base}/judge --threshold 0.1 --seq_len 64 --max_new_tokens 16",
     "rlhf.py curves": "--helpfulness {base}/judge --harmlessness {base}/judge {base}/run", "rlhf.py distill": "--init {base}/run --harmlessness {base}/judge",
-    "gatt.py": "--init {base}/run --reward {base}/judge", "gatt.py test": "{base}/run", "gatt.py attention": "{base}/run --before {base}/run", "sft.py chat": "{base}/run",
+    "gatt.py": "--init {base}/run --reward {base}/judge --seq_len 32", "gatt.py test": "{base}/run", "gatt.py attention": "{base}/run --before {base}/run", "sft.py chat": "{base}/run",
     "reward.py collect": "--a {base}/run --b {base}/run", "reward.py stats": "{base}/pairs.jsonl --tokenizer {base}/tokenizer.model", "reward.py eval": "{base}/judge --helpfulness {base}/pairs.jsonl --safety {base}/pairs.jsonl",
     "eval.py tasks": "{base}/run", "eval.py perplexity": "{base}/run {base}/eggs.txt", "eval.py curves": "{base}/run", "eval.py facts": "{base}/run",
     "eval.py versions": "{base}/run --against {base}/run --helpfulness {base}/judge --harmlessness {base}/judge", "eval.py judge": "--a {base}/run --b {base}/run --judge truth", "eval.py safety": "{base}/run",
