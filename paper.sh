@@ -157,8 +157,8 @@ ablations_of_base_models() {
     stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --out out/upsampled
     stage 170 pretrain.py --world ${WORLD:-0} --steps 1000 --data toy/encyclopedia toy/web toy/stories toy/numbers --out out/crawled
     stage 10 eval.py facts out/upsampled --against out/crawled
-    for size in toy-s toy toy-m toy-l; do
-        stage 300 pretrain.py --world ${WORLD:-0} --preset $size --vocab_size 1024 --steps 480 --out out/size-$size
+    for size in "toy-s 100" "toy 160" "toy-m 370" "toy-l 1230"; do
+        stage ${size#* } pretrain.py --world ${WORLD:-0} --preset ${size% *} --vocab_size 1024 --steps 480 --out out/size-${size% *}
     done
     stage 5 eval.py curves out/size-toy-s out/size-toy out/size-toy-m out/size-toy-l
     for size in toy-s toy-m; do
