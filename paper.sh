@@ -160,6 +160,10 @@ ablations_of_base_models() {
     for size in "toy-s 100" "toy 160" "toy-m 370" "toy-l 1230"; do
         stage ${size#* } pretrain.py --world ${WORLD:-0} --preset ${size% *} --vocab_size 1024 --steps 480 --out out/size-${size% *}
     done
+    for size in "toy 160" "toy-m 370"; do  # at the learning rate of toy-s
+        stage ${size#* } pretrain.py --world ${WORLD:-0} --preset ${size% *} --vocab_size 1024 --steps 480 --lr 3e-3 \
+            --out out/size-${size% *}-lr
+    done
     stage 5 eval.py curves out/size-toy-s out/size-toy out/size-toy-m out/size-toy-l
     for size in toy-s toy-m; do
         stage 200 sft.py --init out/size-$size --out out/sft-$size
