@@ -865,6 +865,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batch_at: Callable
     stopped: list = [None] * ranks.world_size  # since the last step began
     dist.all_gather_object(stopped, list(caught), group=cpu_group())
     if sum(stopped, []):
+        if ranks.rank == 0:
+            print(f"stopped behind the last step; saved {out}/step-{steps:06d}. The same command does the rest.", flush=True)
         sys.exit(128 + sum(stopped, [])[0])
 
 

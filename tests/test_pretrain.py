@@ -393,6 +393,21 @@ def run_in_process(settings, ranks, text_file, stop_at=None):
     return seen, model, mixture
 
 
+def test_a_signal_during_the_last_evaluation_stops_the_run_once_it_is_saved(tmp_path, ranks, capsys):
+    settings = settings_for(tmp_path, "--steps", "3")
+    model = build(with_vocab(PRESETS["toy-s"], 40), settings, ranks)
+    batch = [(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.long))]
+
+    def evaluate(step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(SystemExit) as stop:
+        train(model, adamw(model, 0.1), lambda step: batch, lm_loss, settings, ranks, 3, evaluate)
+    assert stop.value.code == 128 + signal.SIGTERM and checkpoints(tmp_path)[-1].name == "step-000003"
+    assert "stopped behind the last step" in capsys.readouterr().out
+
+
 def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path, ranks):
     settings = settings_for(tmp_path, "--save_every", "5")
     model = build(with_vocab(PRESETS["toy-s"], 40), settings, ranks)
